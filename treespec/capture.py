@@ -1,0 +1,266 @@
+"""Recorded forwards: a model's forward as a straight line of ATen calls, replayed without its Python modules.
+
+On a CPU most of a small forward is Python: module calls, keyword plumbing, shape arithmetic. A `Recorder` notes every
+ATen call of one eager forward; `compile_recording` writes them out as one flat Python function over the same
+parameters and buffers. Work that depends on more than its tensor arguments (cache writes, attention over a growing
+prefix) goes through `opaque`, which the recording calls again instead of what it called inside.
+What a replay may not do (read a tensor's value on the host, outputs of unknown shape) ends the recording with
+`RecordingRefused`, and the eager forward stays in use. See docs/design/002-recorded-forwards.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_aten = torch.ops.aten
+
+# The same ATen kernels through bindings that parse their arguments faster than OpOverload.__call__.
+_FAST_BINDINGS: dict[Any, Callable] = {
+    _aten.add.Tensor: torch.add,
+    _aten.addmm.default: torch.addmm,
+    _aten.bmm.default: torch.bmm,
+    _aten.cat.default: torch.cat,
+    _aten.cos.default: torch.cos,
+    _aten.embedding.default: lambda weight, ids, *_: F.embedding(ids, weight),
+    _aten.linear.default: F.linear,
+    _aten.mean.dim: torch.mean,
+    _aten.mm.default: torch.mm,
+    _aten.mul.Tensor: torch.mul,
+    _aten.neg.default: torch.neg,
+    _aten.rsqrt.default: torch.rsqrt,
+    _aten.silu.default: F.silu,
+    _aten.sin.default: torch.sin,
+    _aten.slice.Tensor: None,  # written as an indexing expression
+    _aten.sub.Tensor: torch.sub,
+    _aten.t.default: torch.t,
+    _aten.transpose.int: torch.transpose,
+    _aten.unsqueeze.default: torch.unsqueeze,
+    _aten.view.default: torch.Tensor.view,
+    _aten._unsafe_view.default: torch.Tensor.view,
+}
+_FAST_BINDINGS.pop(_aten.slice.Tensor)
+
+_REFUSED_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+_active: Recorder | None = None
+
+
+class RecordingRefused(RuntimeError):
+    """A forward did something that a replay could not repeat; the message names it."""
+
+
+def opaque(function: Callable, *args: Any) -> Any:
+    """Calls `function(*args)`; while recording, as one step whose inside is not recorded."""
+    if _active is None:
+        return function(*args)
+    return _active.record_opaque(function, args)
+
+
+class Recorder(TorchDispatchMode):
+    """Notes every ATen call made inside `with Recorder() as recorder:`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[tuple[Callable, tuple, dict, Any]] = []
+        self._inside_opaque = False
+
+    def __enter__(self) -> Recorder:
+        global _active
+        if _active is not None:
+            raise RecordingRefused("another recording is under way")
+        _active = self
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        global _active
+        _active = None
+        super().__exit__(*exc_info)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if not self._inside_opaque and _REFUSED_TAGS & set(func.tags):
+            raise RecordingRefused(f"{func} reads a tensor's value on the host")
+        out = func(*args, **kwargs)
+        if not self._inside_opaque:
+            self.steps.append((func, args, kwargs, out))
+        return out
+
+    def record_opaque(self, function: Callable, args: tuple) -> Any:
+        if self._inside_opaque:
+            return function(*args)
+        self._inside_opaque = True
+        try:
+            out = function(*args)
+        finally:
+            self._inside_opaque = False
+        self.steps.append((function, args, {}, out))
+        return out
+
+
+class _Writer:
+    """Turns steps into Python source: tensors become names, everything else literals or constants."""
+
+    def __init__(self, inputs: list[torch.Tensor]) -> None:
+        self.names = {id(tensor): f"i{k}" for k, tensor in enumerate(inputs)}
+        self.keep_alive: list[Any] = list(inputs)
+        self.namespace: dict[str, Any] = {}
+        self.used: list[str] = []
+        self._functions: dict[Any, str] = {}
+
+    def function(self, func: Any) -> str:
+        func = _FAST_BINDINGS.get(func, func)
+        if func not in self._functions:
+            name = f"f{len(self._functions)}"
+            self._functions[func] = name
+            self.namespace[name] = func
+        return self._functions[func]
+
+    def constant(self, value: Any) -> str:
+        name = f"c{len(self.namespace)}"
+        self.namespace[name] = value
+        self.keep_alive.append(value)
+        return name
+
+    def operand(self, value: Any) -> str:
+        if isinstance(value, torch.Tensor):
+            if id(value) not in self.names:
+                self.names[id(value)] = self.constant(value)
+            self.used.append(self.names[id(value)])
+            return self.names[id(value)]
+        if isinstance(value, list):
+            return "[" + ", ".join(map(self.operand, value)) + "]"
+        if isinstance(value, tuple):
+            return "(" + "".join(self.operand(item) + ", " for item in value) + ")"
+        if value is None or isinstance(value, (bool, int, str)):
+            return repr(value)
+        return self.constant(value)
+
+    def result(self, out: Any, step: int) -> list[str]:
+        """Names of a step's results; `_` for what is no new tensor."""
+        names = []
+        for k, tensor in enumerate(out if isinstance(out, (list, tuple)) else [out]):
+            if isinstance(tensor, torch.Tensor) and id(tensor) not in self.names:
+                self.names[id(tensor)] = f"v{step}_{k}"
+                self.keep_alive.append(tensor)
+                names.append(f"v{step}_{k}")
+            else:
+                names.append("_")
+        return names
+
+
+def compile_recording(
+    steps: list[tuple[Callable, tuple, dict, Any]], inputs: list[torch.Tensor], output: torch.Tensor
+) -> Callable[..., torch.Tensor]:
+    """One function of `inputs` that makes the recorded calls again and returns what became of `output`.
+
+    Raises:
+        RecordingRefused: if `output` is not the result of a recorded call.
+    """
+    writer = _Writer(inputs)
+    lines: list[tuple[str, list[str], list[str]]] = []
+    for k, (func, args, kwargs, out) in enumerate(steps):
+        writer.used = []
+        operands = [writer.operand(arg) for arg in args]
+        operands += [f"{name}={writer.operand(value)}" for name, value in kwargs.items()]
+        used = writer.used
+        results = writer.result(out, k)
+        left = ", ".join(results) + (", " if isinstance(out, (list, tuple)) else "")
+        lines.append((f"{left} = {writer.function(func)}({', '.join(operands)})", used, results))
+    if id(output) not in writer.names:
+        raise RecordingRefused("the logits are not the result of a recorded call")
+    returned = writer.names[id(output)]
+
+    last_use = {name: k for k, (_, used, results) in enumerate(lines) for name in used + results}
+    source = [f"def replay({', '.join(f'i{k}' for k in range(len(inputs)))}):"]
+    for k, (line, used, results) in enumerate(lines):
+        dead = [
+            name
+            for name in dict.fromkeys(used + results)
+            if name.startswith("v") and last_use[name] == k and name != returned
+        ]
+        source.append(f"    {line}" + (f"; del {', '.join(dead)}" if dead else ""))
+    source.append(f"    return {returned}")
+    exec(compile("\n".join(source), "<recorded forward>", "exec"), writer.namespace)
+    return writer.namespace["replay"]
+
+
+def pack_linears(
+    steps: list[tuple[Callable, tuple, dict, Any]], packed: PackedWeights
+) -> list[tuple[Callable, tuple, dict, Any]]:
+    """Replaces linear layers by prepacked ones; layers that read the same input become one.
+
+    Only where the weight is a constant of the recording, not something computed in it.
+    """
+    computed = {id(t) for _, _, _, out in steps for t in (out if isinstance(out, (list, tuple)) else [out])}
+    groups: dict[int, list[int]] = {}
+    for k, (func, args, _, _) in enumerate(steps):
+        if func is _aten.linear.default and id(args[1]) not in computed and packed.accepts(args[0], args[1]):
+            groups.setdefault(id(args[0]), []).append(k)
+    replaced: dict[int, tuple | None] = {}
+    for members in groups.values():
+        weights = [steps[k][1][1] for k in members]
+        biases = [steps[k][1][2] if len(steps[k][1]) > 2 else None for k in members]
+        source, outs = steps[members[0]][1][0], [steps[k][3] for k in members]
+        rows = source.numel() // source.shape[-1]
+        if len(members) > 1 and all(bias is None for bias in biases):
+            weight = packed.get(tuple(weights), rows)
+            sizes = [w.shape[0] for w in weights]
+            replaced[members[0]] = (_split_linear, (source, weight, sizes), {}, outs)
+            replaced.update(dict.fromkeys(members[1:]))
+        else:
+            for k, w, bias in zip(members, weights, biases):
+                replaced[k] = (_packed_linear, (steps[k][1][0], packed.get((w,), rows), bias), {}, steps[k][3])
+    return [step for k, old in enumerate(steps) if (step := replaced.get(k, old)) is not None]
+
+
+_linear_pointwise = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+
+def _packed_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return _linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def _split_linear(x: torch.Tensor, weight: torch.Tensor, sizes: list[int]) -> tuple[torch.Tensor, ...]:
+    return _linear_pointwise(x, weight, None, "none", [], "").split_with_sizes(sizes, -1)
+
+
+class PackedWeights:
+    """oneDNN's own layout of weight matrices, made once per group of weights and shared by all recordings.
+
+    Args:
+        max_bytes: most bytes all packed copies may take; weights beyond are left as they are.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.bytes = 0
+        self._packed: dict[tuple[int, ...], tuple[torch.Tensor, tuple[torch.Tensor, ...]]] = {}
+
+    @staticmethod
+    def available() -> bool:
+        return bool(torch.backends.mkldnn.is_available()) and _linear_pointwise is not None
+
+    def accepts(self, x: torch.Tensor, weight: torch.Tensor) -> bool:
+        size = weight.numel() * weight.element_size()
+        return (
+            x.dtype == weight.dtype
+            and weight.dtype in (torch.float32, torch.bfloat16)
+            and weight.device.type == "cpu"
+            and weight.dim() == 2
+            and self.bytes + size <= self.max_bytes
+        )
+
+    def get(self, weights: tuple[torch.Tensor, ...], rows: int) -> torch.Tensor:
+        key = tuple(id(weight) for weight in weights)
+        if key not in self._packed:
+            joined = torch.cat(weights) if len(weights) > 1 else weights[0]
+            layout = torch.ops.mkldnn._reorder_linear_weight(joined.detach().contiguous(), rows)
+            self._packed[key] = (layout, weights)
+            self.bytes += joined.numel() * joined.element_size()
+        return self._packed[key][0]

@@ -1,0 +1,283 @@
+"""The engine: state of a batch of sequences, and one round of grow, verify, accept, commit.
+
+Rows are ragged: each has its own length, tree and accepted path. A row that finishes leaves the batch at once and the last
+active row takes its place. The one host read of a round is that of the accepted tokens, which streaming and
+stopping need anyway.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from treespec.acceptance import RowVerdict, walk
+from treespec.model import PREFILL_CHUNK, TreeModel
+from treespec.policy import Outcome, Policy
+from treespec.sampling import TokenPicker
+from treespec.sources.base import DraftSource, OneShotSource, Sequences, StepwiseSource
+from treespec.stats import RowStats, SpeculationStats
+from treespec.tree import Growth, Tree, root_only
+
+
+@dataclass
+class Request:
+    """One call, prepared: what to continue, how to pick tokens, when to stop.
+
+    Attributes:
+        input_ids: int64 `[B, W]` as given, left padding included.
+        prompts: int64 per row, unpadded.
+        max_new_tokens: most new tokens of a row.
+        picker: picks tokens.
+        eos_ids: tokens that end a row.
+        stop: further stopping rule `(ids [1, L]) -> bool` of a row, asked after every token; or None.
+        pad_id: fills finished rows.
+        keep_scores: keep scores and logits of every token.
+    """
+
+    input_ids: torch.Tensor
+    prompts: list[torch.Tensor]
+    max_new_tokens: int
+    picker: TokenPicker
+    eos_ids: frozenset[int] = frozenset()
+    stop: Callable[[torch.Tensor], bool] | None = None
+    pad_id: int = 0
+    keep_scores: bool = False
+
+
+@dataclass
+class Row:
+    """One sequence of the call and its place among the active ones."""
+
+    index: int
+    new_tokens: list[int] = field(default_factory=list)
+    scores: list[torch.Tensor] = field(default_factory=list)
+    logits: list[torch.Tensor] = field(default_factory=list)
+    finished: bool = False
+
+
+class Engine:
+    """Runs requests on one target with one set of sources.
+
+    Args:
+        target: the target, made ready for trees.
+        sources: draft sources; lookups are asked before the model.
+        policy: decides what is drafted.
+    """
+
+    def __init__(self, target: TreeModel, sources: list[DraftSource], policy: Policy) -> None:
+        self.target = target
+        self.lookups = [source for source in sources if isinstance(source, OneShotSource)]
+        self.drafts = [source for source in sources if isinstance(source, StepwiseSource)]
+        self.sources = [*self.lookups, *self.drafts]
+        self.policy = policy
+        self.stats = SpeculationStats()
+
+    def run(self, request: Request) -> Iterator[list[tuple[int, list[int]]]]:
+        """Generates; after every round yields `(row index, new tokens)` of the rows that took part.
+
+        The rows' results are in `self.rows` when the iterator is exhausted, and hold what was yielded if it is closed early.
+        """
+        started = time.perf_counter()
+        self.stats = SpeculationStats(per_row=[RowStats() for _ in request.prompts])
+        self.rows = [Row(index) for index in range(len(request.prompts))]
+        try:
+            with torch.inference_mode():
+                self._begin(request)
+            self.stats.prefill_ms = 1e3 * (time.perf_counter() - started)
+            while self._active:
+                with torch.inference_mode():
+                    news = self._round(request)
+                self.stats.total_ms = 1e3 * (time.perf_counter() - started)
+                yield news
+        finally:
+            self.stats.total_ms = 1e3 * (time.perf_counter() - started)
+            for source in self.sources:
+                source.end()
+
+    # --- state --------------------------------------------------------------------------------------------------
+
+    def _begin(self, request: Request) -> None:
+        batch, width = request.input_ids.shape
+        device = self.target.device
+        longest = max(len(prompt) for prompt in request.prompts)
+        capacity = longest + request.max_new_tokens
+        self._active = list(self.rows)
+        self._pads = [width - len(prompt) for prompt in request.prompts]
+        self._ids = torch.full((batch, width + request.max_new_tokens + 1), request.pad_id, device=device)
+        self._ids[:, :width] = request.input_ids
+        # unpadded views of the same text, for the models and sources
+        self._tokens = torch.zeros(batch, capacity + 1, dtype=torch.long, device=device)
+        for row, prompt in enumerate(request.prompts):
+            self._tokens[row, : len(prompt)] = prompt
+        self._lens = [len(prompt) for prompt in request.prompts]
+        slack = self.policy.max_nodes + (PREFILL_CHUNK if batch > 1 else 0)
+        self.target.begin()
+        self.target.allocate(batch, _round_up(capacity + slack, 256))
+        self.target.ingest(self._tokens, [length - 1 for length in self._lens])
+        for source in self.sources:
+            source.begin(self._sequences(), _round_up(capacity + slack, 256))
+
+    def _sequences(self) -> Sequences:
+        return Sequences(self._tokens, self._lens)
+
+    def _drop_finished(self, picker: TokenPicker) -> None:
+        for row in reversed(range(len(self._active))):
+            if not self._active[row].finished:
+                continue
+            last = len(self._active) - 1
+            for state in (self._active, self._pads, self._lens):
+                state[row] = state[last]
+                state.pop()
+            if row != last:
+                self._ids[row] = self._ids[last]
+                self._tokens[row] = self._tokens[last]
+            self._ids, self._tokens = self._ids[:last], self._tokens[:last]
+            if last:
+                self.target.drop_row(row)
+                picker.drop_row(row)
+                for source in self.sources:
+                    source.drop_row(row)
+
+    # --- one round ----------------------------------------------------------------------------------------------
+
+    def _round(self, request: Request) -> list[tuple[int, list[int]]]:
+        clock = time.perf_counter()
+        budgets = [request.max_new_tokens - len(row.new_tokens) for row in self._active]
+        tree, match_lengths, levels = self._grow(request.picker, max(budgets))
+        grown = time.perf_counter()
+        logits = self._verify(tree)
+        verified = time.perf_counter()
+        verdicts = [
+            walk(
+                logits[row], tree, row, request.picker, self._ids[row : row + 1],
+                self._lens[row] + self._pads[row], self._lens[row], budgets[row], request.keep_scores,
+            )
+            for row in range(len(self._active))
+        ]
+        news = self._commit(request, tree, verdicts)
+        committed = time.perf_counter()
+        outcome = Outcome(
+            tree=tree,
+            paths=[verdict.path for verdict in verdicts],
+            match_lengths=match_lengths,
+            draft_levels=levels,
+            draft_ms=1e3 * (grown - clock),
+            verify_ms=1e3 * (verified - grown),
+            num_nodes=tree.tokens.shape[1],
+            new_tokens=sum(len(tokens) for _, tokens in news),
+        )
+        self.policy.observe(outcome)
+        self._count(outcome, 1e3 * (committed - verified))
+        return news
+
+    def _grow(self, picker: TokenPicker, budget: int) -> tuple[Tree, list[int] | None, int]:
+        sequences = self._sequences()
+        roots = sequences.roots()
+        # the bonus token takes one place, so deeper nodes could never be kept
+        depth = min(self.policy.max_depth, budget - 1)
+        if depth <= 0 or not self.sources:
+            return root_only(roots), None, 0
+        growth = Growth(roots)
+        match_lengths = self._add_lookups(growth, sequences, depth)
+        levels = 0
+        if self.drafts and self.policy.wants_draft(growth.scores):
+            levels = self._grow_levels(growth, sequences, picker, depth)
+        tree = growth.select(self.policy.nodes_to_verify(growth.all_scores()), depth)
+        return tree, match_lengths, levels
+
+    def _add_lookups(self, growth: Growth, sequences: Sequences, depth: int) -> list[int] | None:
+        if not self.lookups or not self.policy.wants_lookup():
+            return None
+        proposals = [source.propose(sequences, depth) for source in self.lookups]
+        match_lengths = [max(lengths) for lengths in zip(*(p.match_lengths for p in proposals))]
+        if max(match_lengths) > 0:
+            continuations = torch.cat([p.continuations for p in proposals], dim=1)
+            growth.add_lookups(continuations, self.policy.lookup_logprobs(continuations, match_lengths))
+        return match_lengths
+
+    def _grow_levels(self, growth: Growth, sequences: Sequences, picker: TokenPicker, depth: int) -> int:
+        source = self.drafts[0]
+        logits, root_row, chain, offset = source.root_logits(sequences)
+        growth.begin_levels(offset + self.policy.max_rows, root_row, chain)
+        for level in range(depth):
+            logprobs = picker.rank(logits, [length + level for length in self._lens])
+            growth.expand(level + 1, logprobs, *self.policy.children(level, logprobs))
+            if level + 1 == depth:
+                break
+            scores = growth.choose_frontier(level + 1, *self.policy.frontier(level + 1))
+            if not self.policy.worth_expanding(scores):
+                break
+            tokens, visible = growth.enter_rows(scores, offset)
+            logits = source.level_logits(tokens, level + 1, visible, offset)
+            offset += tokens.shape[1]
+        return level + 1
+
+    def _verify(self, tree: Tree) -> torch.Tensor:
+        prefix = torch.tensor(self.target.cache.prefix_lens, device=tree.tokens.device).unsqueeze(1)
+        return self.target.forward(tree.tokens, prefix + tree.depths, tree.visible)
+
+    def _commit(
+        self, request: Request, tree: Tree, verdicts: list[RowVerdict]
+    ) -> list[tuple[int, list[int]]]:
+        """Cuts every row at its first stop, keeps the path's key-value rows, and writes the tokens down."""
+        news = []
+        draft_paths = []
+        for row, (state, verdict) in enumerate(zip(self._active, verdicts)):
+            kept = self._until_stop(request, row, state, verdict.tokens)
+            tokens = verdict.tokens[:kept]
+            state.new_tokens += tokens
+            state.scores += verdict.scores[:kept]
+            state.logits += verdict.logits[:kept]
+            length = self._lens[row]
+            self._tokens[row, length : length + kept] = torch.tensor(tokens, device=self._tokens.device)
+            self._lens[row] = length + kept
+            share = self.stats.per_row[state.index]
+            share.rounds += 1
+            share.new_tokens += kept
+            share.accepted += min(kept, len(verdict.path) - 1)
+            news.append((state.index, tokens))
+            draft_paths.append(self._draft_path(tree, row, verdict.path))
+        self.target.cache.commit([verdict.path for verdict in verdicts])
+        if tree.draft_rows is not None:
+            self.drafts[0].commit(draft_paths)
+        if any(state.finished for state in self._active):
+            self._drop_finished(request.picker)
+        return news
+
+    @staticmethod
+    def _draft_path(tree: Tree, row: int, path: list[int]) -> list[int]:
+        """The draft's rows of the accepted nodes, up to the first it had not forwarded."""
+        if tree.draft_rows is None:
+            return []
+        rows = tree.draft_rows[row, path[1:]].tolist()
+        return rows[: rows.index(-1)] if -1 in rows else rows
+
+    def _until_stop(self, request: Request, row: int, state: Row, tokens: list[int]) -> int:
+        """How many of the picked tokens stand, and whether the row is finished."""
+        start = self._lens[row] + self._pads[row]
+        for count, token in enumerate(tokens, 1):
+            stopped = token in request.eos_ids
+            if request.stop is not None and not stopped:
+                stopped = request.stop(self._ids[row : row + 1, : start + count])
+            if stopped or len(state.new_tokens) + count >= request.max_new_tokens:
+                state.finished = True
+                return count
+        return len(tokens)
+
+    def _count(self, outcome: Outcome, commit_ms: float) -> None:
+        stats = self.stats
+        stats.rounds += 1
+        stats.new_tokens += outcome.new_tokens
+        stats.draft_ms += outcome.draft_ms
+        stats.verify_ms += outcome.verify_ms
+        stats.commit_ms += commit_ms
+        stats.draft_forwards += outcome.draft_levels
+        stats.drafted_nodes += int(outcome.tree.num_nodes.sum()) - len(outcome.paths)
+        stats.accept_lengths.update(len(path) - 1 for path in outcome.paths)
+
+
+def _round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple

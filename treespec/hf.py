@@ -1,0 +1,300 @@
+"""Where treespec plugs into transformers: attention, masks, cache layers, generation. No other file touches its internals.
+
+One attention function and one mask function are registered under the name `treespec`. A `Forward` is what the two
+need to know of the forward under way; it is set around a model call and found by them through `_current`, so it
+also reaches models whose layers drop extra keywords.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.masking_utils import causal_mask_function
+
+from treespec.cache import LayerSpec, TreeCache
+from treespec.capture import opaque
+from treespec.kernels.torch_attention import biased_attention, pack_bias
+
+ATTENTION_NAME = "treespec"
+
+
+class Forward:
+    """One model call: which rows its tokens take, and what each of them may see.
+
+    Args:
+        cache: the model's rows.
+        num_nodes: tokens of this call per sequence, N.
+        offset: node rows already forwarded past the prefix; token i goes to row `prefix_lens[b] + offset + i`.
+        visible: bool `[B, N, offset + N]`, which node rows a token sees besides the whole prefix; None for a causal chain.
+        positions: int64 `[B, N]` positions of the tokens.
+        node_positions: int64 `[B, offset + N]` positions of all node rows.
+    """
+
+    def __init__(
+        self,
+        cache: TreeCache,
+        num_nodes: int,
+        offset: int,
+        visible: torch.Tensor | None,
+        positions: torch.Tensor,
+        node_positions: torch.Tensor,
+    ) -> None:
+        self.cache = cache
+        self.num_nodes = num_nodes
+        self.offset = offset
+        self.visible = visible
+        self.positions = positions
+        self.node_positions = node_positions
+        self.num_slots = max(cache.prefix_lens) + offset + num_nodes
+        self._packed: dict[tuple[int, int], torch.Tensor] = {}
+
+    @property
+    def sees_everything(self) -> bool:
+        """A single token of a single sequence: no mask is needed."""
+        return self.num_nodes == 1 and self.offset == 0 and len(self.cache.prefix_lens) == 1
+
+    def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Puts `[B, Hkv, N, D]` rows behind every prefix and the nodes already there."""
+        key_rows, value_rows = self.cache.keys[layer], self.cache.values[layer]
+        for row, prefix in enumerate(self.cache.prefix_lens):
+            start = prefix + self.offset
+            key_rows[row, :, start : start + self.num_nodes] = keys[row]
+            value_rows[row, :, start : start + self.num_nodes] = values[row]
+
+    def bias(self, mask_function: Callable, dtype: torch.dtype) -> torch.Tensor | None:
+        """Additive mask `[B, 1, N, num_slots]` for one of the model's mask kinds; None where nothing is hidden.
+
+        `mask_function(batch, head, query, key)` is transformers' predicate; it is asked about *positions*, never rows,
+        so that windows and chunks mean the same in a tree as in a sequence.
+        """
+        causal = mask_function is causal_mask_function
+        if causal and self.sees_everything:
+            return None
+        prefix_lens, device = self.cache.prefix_lens, self.positions.device
+        visible = self.visible
+        if visible is None:
+            square = torch.ones(self.num_nodes, self.num_nodes, dtype=torch.bool, device=device).tril_()
+            visible = square.expand(len(prefix_lens), -1, -1)
+        seen = torch.zeros(
+            len(prefix_lens), 1, self.num_nodes, self.num_slots, dtype=torch.bool, device=device
+        )
+        for row, prefix in enumerate(prefix_lens):
+            seen[row, 0, :, :prefix] = True
+            seen[row, 0, :, prefix : prefix + visible.shape[2]] = visible[row]
+        if not causal:
+            rows = torch.arange(len(prefix_lens), device=device).view(-1, 1, 1, 1)
+            queries = self.positions[:, None, :, None]
+            seen &= mask_function(rows, 0, queries, self._key_positions()[:, None, None, :])
+        return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))
+
+    def _key_positions(self) -> torch.Tensor:
+        keys = torch.arange(self.num_slots, device=self.positions.device).repeat(len(self.cache.prefix_lens), 1)
+        for row, prefix in enumerate(self.cache.prefix_lens):
+            keys[row, prefix : prefix + self.node_positions.shape[1]] = self.node_positions[row]
+        return keys
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        bias: torch.Tensor | None,
+        scale: float,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """One layer: `[B, Hq, N, D]` queries over the rows used so far, to `[B, N, Hq, Dv]`."""
+        key, value = key[:, :, : self.num_slots], value[:, :, : self.num_slots]
+        q_heads, kv_heads = query.shape[1], key.shape[1]
+        if bias is None:
+            if softcap is None and sinks is None:
+                rows = query.view(1, kv_heads, q_heads // kv_heads, query.shape[-1])
+                out = torch.nn.functional.scaled_dot_product_attention(rows, key, value, scale=scale)
+                return out.reshape(1, 1, q_heads, value.shape[-1])
+            packed = query.new_zeros(1, 1, q_heads // kv_heads, self.num_slots)
+        else:
+            name = (id(bias), q_heads // kv_heads)
+            if name not in self._packed:
+                self._packed[name] = pack_bias(bias, q_heads, kv_heads)
+            packed = self._packed[name]
+        return biased_attention(query, key, value, packed, scale=scale, softcap=softcap, sinks=sinks)
+
+
+_current: Forward | None = None
+
+
+@contextlib.contextmanager
+def forward_scope(forward: Forward) -> Iterator[None]:
+    """Makes `forward` the one that attention, masks and cache layers refer to."""
+    global _current
+    before, _current = _current, forward
+    try:
+        yield
+    finally:
+        _current = before
+
+
+_attention_calls = 0
+
+
+def attention_calls() -> int:
+    """How often any model has called treespec's attention function; tells whether a model calls it at all."""
+    return _attention_calls
+
+
+def dense_mask(dtype: torch.dtype) -> torch.Tensor:
+    """The causal bias of the forward under way as a dense mask, for models whose attention cannot be replaced."""
+    bias = _current.bias(causal_mask_function, dtype)
+    if bias is None:
+        bias = torch.zeros(1, 1, 1, _current.num_slots, dtype=dtype, device=_current.positions.device)
+    return bias
+
+
+# The recorded steps must find the forward under way when they are replayed, so they go through these functions.
+def _attend(*args):
+    global _attention_calls
+    _attention_calls += 1
+    return _current.attend(*args)
+
+
+def _write(*args):
+    _current.write(*args)
+
+
+def _bias(*args):
+    return _current.bias(*args)
+
+
+def _tree_attention(
+    module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, dropout=0.0, **_
+):
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return opaque(_attend, query, key, value, attention_mask, scale, softcap, s_aux), None
+
+
+def _tree_mask(*_, mask_function=causal_mask_function, dtype=torch.float32, config=None, **__):
+    return opaque(_bias, mask_function, dtype)
+
+
+AttentionInterface.register(ATTENTION_NAME, _tree_attention)
+AttentionMaskInterface.register(ATTENTION_NAME, _tree_mask)
+
+
+class TreeCacheLayer(CacheLayerMixin):
+    """One layer of a `TreeCache` as transformers sees it."""
+
+    is_compileable = False
+    is_sliding = False
+
+    def __init__(self, cache: TreeCache, layer: int, whole: bool) -> None:
+        super().__init__()
+        self._cache, self._layer, self._whole = cache, layer, whole
+        self.is_initialized = True
+
+    def lazy_initialization(self, *args, **kwargs) -> None:
+        pass
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        opaque(_write, self._layer, key_states, value_states)
+        keys, values = self._cache.keys[self._layer], self._cache.values[self._layer]
+        if self._whole:
+            return keys, values
+        return keys[:, :, : _current.num_slots], values[:, :, : _current.num_slots]
+
+    def get_mask_sizes(self, query_length, *args) -> tuple[int, int]:
+        return _current.num_slots, 0
+
+    def get_seq_length(self, *args) -> int:
+        return max(self._cache.prefix_lens)
+
+    def get_max_length(self) -> int:
+        return self._cache.capacity
+
+    get_max_cache_shape = get_max_length
+
+
+def cache_facade(cache: TreeCache, layer_rows: list[int | None], placeholders: list, whole: bool) -> Cache:
+    """transformers' view of a `TreeCache`.
+
+    Args:
+        cache: the rows.
+        layer_rows: for every layer of the model its index in `cache`, or None where the layer keeps no rows of its own.
+        placeholders: the layer objects to use where `layer_rows` is None.
+        whole: layers return all rows (the attention function cuts them), rather than the used ones.
+    """
+    return Cache(
+        layers=[
+            placeholders[k] if row is None else TreeCacheLayer(cache, row, whole)
+            for k, row in enumerate(layer_rows)
+        ]
+    )
+
+
+def layer_specs(past_key_values: Cache) -> tuple[list[LayerSpec], list[int | None]]:
+    """Reads the shapes of a model's layers off a cache it has just filled.
+
+    Raises:
+        NotImplementedError: if a layer keeps anything but keys and values.
+    """
+    specs: list[LayerSpec] = []
+    layer_rows: list[int | None] = []
+    for layer in past_key_values.layers:
+        if not isinstance(layer, CacheLayerMixin) or type(layer).__name__.startswith("LinearAttention"):
+            if hasattr(layer, "conv_states") or hasattr(layer, "recurrent_states"):
+                raise NotImplementedError("a recurrent or convolutional state, which siblings of a tree would share")
+            layer_rows.append(None)
+        elif "Index" in type(layer).__name__ or "Compress" in type(layer).__name__:
+            raise NotImplementedError(f"a cache layer of its own kind ({type(layer).__name__})")
+        elif layer.keys is None or layer.keys.dim() != 4:
+            layer_rows.append(None)
+        else:
+            layer_rows.append(len(specs))
+            keys, values = layer.keys, layer.values
+            specs.append(LayerSpec(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, keys.device))
+    return specs, layer_rows
+
+
+def attention_configs(model: PreTrainedModel) -> list:
+    """The configurations of a model whose attention implementation can be switched, outermost first."""
+    configs, seen = [], set()
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and id(module.config) not in seen:
+            seen.add(id(module.config))
+            if module._can_set_attn_implementation():
+                configs.append(module.config)
+    return configs
+
+
+@contextlib.contextmanager
+def attention_switched(configs: list, name: str) -> Iterator[None]:
+    """Runs a block under another attention implementation and puts the old one back, whatever happens."""
+    before = [config._attn_implementation_internal for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation_internal = name
+        yield
+    finally:
+        for config, old in zip(configs, before):
+            config._attn_implementation_internal = old
+
+
+@contextlib.contextmanager
+def evaluation_mode(modules: list[torch.nn.Module]) -> Iterator[None]:
+    """Switches dropout and the like off in `modules` (those found in training mode) for a block."""
+    try:
+        for module in modules:
+            module.training = False
+        yield
+    finally:
+        for module in modules:
+            module.training = True
+
+
+def forward_accepts(model: PreTrainedModel, name: str) -> bool:
+    """Whether a model's forward names the argument `name`."""
+    return name in inspect.signature(model.forward).parameters

@@ -1,0 +1,195 @@
+"""What to draft next: fixed shapes answer from their definition, `AutoPolicy` from measured costs and running acceptance.
+
+A policy answers four questions of a round: what a lookup is worth, whether to ask the draft at all, which nodes of a level
+to expand, and how many nodes to verify. It learns from `observe` and decides on the host.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+
+from treespec.shapes import AdaptiveTree, BestFirstTree, Chain, FixedTree, Shape
+from treespec.tree import Tree
+
+_LOWEST = float("-inf")
+
+
+@dataclass
+class Outcome:
+    """What a round did: per row the tree's path, and the milliseconds of its parts."""
+
+    tree: Tree
+    paths: list[list[int]]
+    match_lengths: list[int] | None
+    draft_levels: int
+    draft_ms: float
+    verify_ms: float
+    num_nodes: int
+    new_tokens: int
+
+
+class Policy:
+    """Grows nothing, verifies the root alone: plain decoding."""
+
+    max_nodes = 1
+    max_depth = 0
+    max_rows = 0
+    lookup_length = 0
+
+    def lookup_logprobs(self, continuations: torch.Tensor, match_lengths: list[int]) -> torch.Tensor:
+        """Expected log-probability of every looked-up token, given the ones before it; `[B, M, L]` like its input."""
+        raise NotImplementedError
+
+    def wants_lookup(self) -> bool:
+        return self.lookup_length > 0
+
+    def wants_draft(self, lookup_scores: list[torch.Tensor]) -> bool:
+        """Whether the draft model is asked this round, given the scores of what lookups proposed (`[root, lookups]`)."""
+        return self.max_depth > 0
+
+    def children(self, depth: int, logprobs: torch.Tensor) -> tuple[int, torch.Tensor | None]:
+        """Children of every node of the frontier at `depth`: how many at most, and `[B, F]` of each or None."""
+        raise NotImplementedError
+
+    def frontier(self, depth: int) -> tuple[int, float]:
+        """Most nodes to expand at `depth`, and the cumulative log-probability below which none is."""
+        raise NotImplementedError
+
+    def worth_expanding(self, scores: torch.Tensor) -> bool:
+        """Whether a level pays, given its frontier's cumulative log-probabilities `[B, F]`."""
+        return bool((scores > _LOWEST).any())
+
+    def nodes_to_verify(self, scores: torch.Tensor) -> int:
+        """Nodes to verify, root included, given all candidates' cumulative log-probabilities `[B, C]`."""
+        return self.max_nodes
+
+    def observe(self, outcome: Outcome) -> None:
+        """Learns from a finished round."""
+
+    def describe(self) -> str:
+        return "plain decoding: one token a round"
+
+
+class ShapePolicy(Policy):
+    """Draws exactly the trees a shape describes.
+
+    Args:
+        shape: the shape.
+        with_model: a draft model is among the sources.
+        with_lookup: a lookup is among the sources.
+    """
+
+    def __init__(self, shape: Shape, with_model: bool, with_lookup: bool) -> None:
+        self.shape = shape
+        self.max_nodes = shape.max_nodes
+        self.max_depth = shape.depth
+        self.with_model = with_model
+        self.lookup_length = shape.depth if with_lookup else 0
+        self.max_rows = sum(self._widths()) + 1 if with_model else 0
+
+    def _widths(self) -> list[int]:
+        return [self.frontier(depth)[0] for depth in range(1, self.max_depth)]
+
+    def lookup_logprobs(self, continuations, match_lengths):
+        return _lookup_prior(continuations, match_lengths)
+
+    def wants_draft(self, lookup_scores):
+        return self.with_model
+
+    def children(self, depth, logprobs):
+        shape = self.shape
+        if isinstance(shape, Chain):
+            return 1, None
+        if isinstance(shape, FixedTree):
+            return (shape.first_branching or shape.branching) if depth == 0 else shape.branching, None
+        assert isinstance(shape, BestFirstTree)
+        return shape.width, None
+
+    def frontier(self, depth):
+        shape = self.shape
+        if isinstance(shape, Chain):
+            return 1, _LOWEST
+        if isinstance(shape, FixedTree):
+            width = (shape.first_branching or shape.branching) * shape.branching ** (depth - 1)
+            threshold = math.log(shape.prune_threshold) if shape.prune_threshold > 0 else _LOWEST
+            return min(width, shape.max_nodes), threshold
+        assert isinstance(shape, BestFirstTree)
+        return shape.width, _LOWEST
+
+    def describe(self):
+        return f"{self.shape}, as asked for"
+
+
+class AdaptivePolicy(ShapePolicy):
+    """DynaTree's three adaptive rules; see `AdaptiveTree`."""
+
+    shape: AdaptiveTree
+
+    def __init__(self, shape: AdaptiveTree, with_model: bool, with_lookup: bool) -> None:
+        self.base_depth = shape.base_depth
+        self.shift = 0.0
+        self._history: deque[float] = deque(maxlen=shape.window)
+        super().__init__(shape, with_model, with_lookup)
+
+    def children(self, depth, logprobs):
+        shape = self.shape
+        confidence = logprobs.amax(-1).exp()
+        breadth = torch.full(confidence.shape, shape.branching, device=confidence.device)
+        breadth.masked_fill_(confidence > shape.high_confidence, 1)
+        breadth.masked_fill_(confidence < shape.low_confidence, shape.max_branching)
+        return shape.max_branching, breadth
+
+    def frontier(self, depth):
+        shape = self.shape
+        threshold = shape.stop_threshold if depth < self.base_depth else shape.deepen_threshold
+        threshold = min(max(threshold + self.shift, 1e-6), 0.999)
+        return min(shape.max_branching**depth, shape.max_nodes), math.log(threshold)
+
+    def observe(self, outcome):
+        shape = self.shape
+        self._history.extend((len(path) - 1) / self.base_depth for path in outcome.paths)
+        if len(self._history) < shape.window:
+            return
+        acceptance = sum(self._history) / len(self._history)
+        if acceptance > shape.target_acceptance + shape.tolerance:
+            self._move(1)
+        elif acceptance < shape.target_acceptance - shape.tolerance:
+            self._move(-1)
+
+    def _move(self, step: int) -> None:
+        """One level deeper and more lenient, or shallower and stricter; then a fresh window."""
+        self.base_depth = min(max(self.base_depth + step, 1), self.shape.max_depth)
+        self.shift = min(max(self.shift - step * self.shape.threshold_step, -0.5), 0.5)
+        self._history.clear()
+
+
+# Share of looked-up tokens that were kept, by match length 1, 2, ...; and for those after the first of a kept run.
+_LOOKUP_PRIOR = (0.25, 0.45, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9)
+_LOOKUP_LATER = 0.85
+_LOOKUP_RANKS = 0.5
+
+
+def _lookup_prior(continuations: torch.Tensor, match_lengths: list[int]) -> torch.Tensor:
+    first = [_LOOKUP_PRIOR[min(length, len(_LOOKUP_PRIOR)) - 1] if length else 1e-9 for length in match_lengths]
+    return _lookup_table(continuations, first, [max(p, _LOOKUP_LATER) for p in first])
+
+
+def _lookup_table(continuations: torch.Tensor, first: list[float], later: list[float]) -> torch.Tensor:
+    """Log-probabilities `[B, M, L]`: `first` for a row's first token, `later` after it, half as much a rank."""
+    batch, num, length = continuations.shape
+    table = torch.tensor(later, device=continuations.device).log().view(batch, 1, 1).repeat(1, num, length)
+    table[:, :, 0] = torch.tensor(first, device=continuations.device).log().view(batch, 1)
+    ranks = torch.arange(num, device=continuations.device) * math.log(_LOOKUP_RANKS)
+    table[:, :, 0] += ranks
+    return table
+
+
+def make_policy(shape: Shape, with_model: bool, with_lookup: bool) -> Policy:
+    """The policy of an explicit shape."""
+    if isinstance(shape, AdaptiveTree):
+        return AdaptivePolicy(shape, with_model, with_lookup)
+    return ShapePolicy(shape, with_model, with_lookup)

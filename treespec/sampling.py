@@ -1,0 +1,149 @@
+"""How tokens are picked: logits processors, coupled noise, and the scores by which drafts rank their children.
+
+Under coupled sampling the token at a position is the argmax of the processed logits plus Gumbel noise keyed on (seed, row,
+position), an exact sample (Gumbel-max); a draft ranks its children by its own logits plus the *same* noise, so the two agree
+more often than independent draws would (Daliri et al., 2408.07978). See docs/concepts.md.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import LogitsProcessorList
+from transformers.generation import logits_process
+
+from treespec.kernels import ops
+
+RULES = ("coupled", "target_only", "without_replacement", "traversal")
+
+# Processors that look at one row of scores alone, and cost a draft no sort of the vocabulary.
+_DRAFT_PROCESSORS = tuple(
+    getattr(logits_process, name)
+    for name in ("TemperatureLogitsWarper", "TopKLogitsWarper", "MinPLogitsWarper", "SuppressTokensLogitsProcessor")
+)
+# Noise decides most between near ties, so a draft's probability after noise is sharper than before (docs/design/003).
+_COUPLED_SHARPNESS = 1.5
+_NOISE_BLOCK = 32
+
+
+class CoupledNoise:
+    """Gumbel noise of every row, made in blocks of positions and kept until the text has passed them.
+
+    Args:
+        seed: non-negative 64-bit integer.
+        row_ids: the rows' numbers in the call; they stay a row's own when rows before it finish.
+        vocab_size: V.
+        device: where the noise is used.
+    """
+
+    def __init__(self, seed: int, row_ids: list[int], vocab_size: int, device: torch.device) -> None:
+        self.seed = seed
+        self.row_ids = list(row_ids)
+        self.vocab_size = vocab_size
+        self.device = device
+        self._blocks: dict[tuple[int, int], torch.Tensor] = {}
+
+    def at(self, row: int, position: int) -> torch.Tensor:
+        """Float32 `[V]` noise of the token drawn for `position` of active row `row`."""
+        row_id, block = self.row_ids[row], position // _NOISE_BLOCK
+        key = (row_id, block)
+        if key not in self._blocks:
+            self._blocks.pop((row_id, block - 2), None)
+            start = block * _NOISE_BLOCK
+            positions = torch.arange(start, start + _NOISE_BLOCK, device=self.device)[None]
+            rows = torch.tensor([row_id], device=self.device)
+            self._blocks[key] = ops.gumbel_noise(self.seed, rows, positions, self.vocab_size)[0]
+        return self._blocks[key][position % _NOISE_BLOCK]
+
+    def level(self, positions: list[int]) -> torch.Tensor:
+        """Float32 `[B, 1, V]`, one position a row."""
+        if len(positions) == 1:
+            return self.at(0, positions[0]).view(1, 1, -1)
+        return torch.stack([self.at(row, position) for row, position in enumerate(positions)])[:, None]
+
+    def drop_row(self, row: int) -> None:
+        self.row_ids[row] = self.row_ids[-1]
+        self.row_ids.pop()
+
+
+class TokenPicker:
+    """The target's choice of a token and the drafts' ranking of theirs.
+
+    Args:
+        processors: everything `target.generate` would apply, warpers included, in its order.
+        do_sample: draw tokens rather than take the likeliest.
+        seed: of the noise; ignored without `do_sample`.
+        row_ids: numbers of the rows.
+        vocab_size: V of the target.
+        device: of the logits.
+        rule: one of `RULES`.
+    """
+
+    def __init__(
+        self,
+        processors: LogitsProcessorList,
+        do_sample: bool,
+        seed: int,
+        row_ids: list[int],
+        vocab_size: int,
+        device: torch.device,
+        rule: str = "coupled",
+    ) -> None:
+        self.processors = processors
+        self.do_sample = do_sample
+        self.rule = rule
+        self.noise = CoupledNoise(seed, row_ids, vocab_size, device) if do_sample else None
+        self._draft_processors = [p for p in processors if type(p) in _DRAFT_PROCESSORS]
+
+    def pick(self, ids: torch.Tensor, logits: torch.Tensor, row: int, position: int) -> tuple[int, torch.Tensor]:
+        """The target's token for `position`.
+
+        Args:
+            ids: int64 `[1, L]`, all tokens before it, as `target.generate` would hold them.
+            logits: `[V]` the target's logits there.
+            row: active row.
+            position: unpadded position of the token.
+
+        Returns:
+            The token and the processed scores `[1, V]`.
+
+        Raises:
+            ValueError: if no token can be picked because scores are NaN or all -inf.
+        """
+        scores = logits[None]
+        if self.processors:
+            # a copy: processors may write in place
+            scores = self.processors(ids, scores.to(torch.float32, copy=True))
+        chosen = scores if self.noise is None else scores + self.noise.at(row, position)
+        token = int(chosen.argmax(-1))
+        best = float(chosen[0, token])
+        if best != best or best == float("-inf"):
+            raise ValueError(
+                f"target: no token can be picked at position {position}: its scores are "
+                f"{'NaN' if best != best else 'all -inf'}"
+            )
+        return token, scores
+
+    def rank(self, logits: torch.Tensor, positions: list[int]) -> torch.Tensor:
+        """A draft's log-probabilities that a token is the one the target will pick.
+
+        Args:
+            logits: `[B, F, V]` of the draft.
+            positions: unpadded position of the tokens to rank, one a row (a level has one position).
+
+        Returns:
+            float32 `[B, F, V]`.
+        """
+        scores = logits.float()
+        if self._draft_processors:
+            flat = scores.flatten(0, 1)
+            for processor in self._draft_processors:
+                flat = processor(None, flat)
+            scores = flat.view_as(scores)
+        if self.noise is not None and self.rule == "coupled":
+            noise = self.noise.level(positions)[..., : scores.shape[-1]]
+            scores = (scores[..., : noise.shape[-1]] + noise) * _COUPLED_SHARPNESS
+        return torch.log_softmax(scores, dim=-1)
+
+    def drop_row(self, row: int) -> None:
+        if self.noise is not None:
+            self.noise.drop_row(row)

@@ -1,0 +1,73 @@
+"""A causal LM as a draft: one forward a level over the frontier of all rows, tree nodes as rows of its own cache."""
+
+from __future__ import annotations
+
+import torch
+
+from treespec.model import TreeModel
+from treespec.sources.base import Sequences, StepwiseSource
+
+# Catch-ups longer than this go through the prefill, so that few shapes need recording.
+_LONGEST_CATCH_UP = 32
+
+
+class ModelSource(StepwiseSource):
+    """Drafts with a model.
+
+    Args:
+        model: the draft, made ready for trees.
+        max_rows: node rows a round may need beyond the committed ones.
+    """
+
+    name = "model"
+
+    def __init__(self, model: TreeModel, max_rows: int) -> None:
+        self.model = model
+        self.vocab_size = model.vocab_size
+        self.max_rows = max_rows + _LONGEST_CATCH_UP
+        self.forwards = 0
+
+    def begin(self, sequences: Sequences, capacity: int) -> None:
+        self.model.begin()
+        self.model.allocate(len(sequences.lens), capacity + self.max_rows)
+        self.forwards = 0
+        self.model.ingest(sequences.tokens, [length - 1 for length in sequences.lens])
+
+    def drop_row(self, row: int) -> None:
+        self.model.drop_row(row)
+
+    def root_logits(self, sequences: Sequences):
+        prefix_lens = self.model.cache.prefix_lens
+        if max(length - prefix for length, prefix in zip(sequences.lens, prefix_lens)) > _LONGEST_CATCH_UP:
+            self.model.ingest(sequences.tokens, [length - 1 for length in sequences.lens])
+        self._behind = [length - prefix for length, prefix in zip(sequences.lens, prefix_lens)]
+        device = sequences.tokens.device
+        width = _bucket(max(self._behind))
+        prefix = torch.tensor(prefix_lens, device=device).unsqueeze(1)
+        positions = prefix + torch.arange(width, device=device)
+        # tokens past a row's end are padding that no other node sees
+        tokens = sequences.tokens.gather(1, positions.clamp_max(sequences.tokens.shape[1] - 1))
+        chain = torch.ones(width, width, dtype=torch.bool, device=device).tril_().expand(len(prefix_lens), -1, -1)
+        self._prefix = prefix
+        self._positions = positions
+        self.forwards += 1
+        logits = self.model.forward(tokens, positions, chain)
+        root_row = torch.tensor(self._behind, device=device) - 1
+        index = root_row.view(-1, 1, 1)
+        root_logits = logits.gather(1, index.expand(-1, 1, logits.shape[2]))
+        sees = chain.gather(1, index.expand(-1, 1, width)).squeeze(1)
+        return root_logits, root_row, sees, width
+
+    def level_logits(self, tokens, depth, visible, offset):
+        roots = self._prefix + torch.tensor(self._behind, device=tokens.device).unsqueeze(1) - 1
+        positions = (roots + depth).expand_as(tokens)
+        self._positions = torch.cat([self._positions[:, :offset], positions], dim=1)
+        self.forwards += 1
+        return self.model.forward(tokens, positions, visible, offset, self._positions)
+
+    def commit(self, paths: list[list[int]]) -> None:
+        self.model.cache.commit([list(range(behind)) + path for behind, path in zip(self._behind, paths)])
+
+
+def _bucket(count: int) -> int:
+    return count if count <= 8 else -(-count // 8) * 8
