@@ -241,6 +241,7 @@ class PackedWeights:
         self.max_bytes = max_bytes
         self.bytes = 0
         self._packed: dict[tuple[int, ...], tuple[torch.Tensor, tuple[torch.Tensor, ...]]] = {}
+        self._members: set[int] = set()
 
     @staticmethod
     def available() -> bool:
@@ -253,7 +254,7 @@ class PackedWeights:
             and weight.dtype in (torch.float32, torch.bfloat16)
             and weight.device.type == "cpu"
             and weight.dim() == 2
-            and self.bytes + size <= self.max_bytes
+            and (id(weight) in self._members or self.bytes + size <= self.max_bytes)
         )
 
     def get(self, weights: tuple[torch.Tensor, ...], rows: int) -> torch.Tensor:
@@ -262,5 +263,6 @@ class PackedWeights:
             joined = torch.cat(weights) if len(weights) > 1 else weights[0]
             layout = torch.ops.mkldnn._reorder_linear_weight(joined.detach().contiguous(), rows)
             self._packed[key] = (layout, weights)
+            self._members.update(key)
             self.bytes += joined.numel() * joined.element_size()
         return self._packed[key][0]

@@ -166,6 +166,7 @@ class Engine:
             draft_levels=levels,
             draft_ms=1e3 * (grown - clock),
             verify_ms=1e3 * (verified - grown),
+            total_ms=1e3 * (committed - clock),
             num_nodes=tree.tokens.shape[1],
             new_tokens=sum(len(tokens) for _, tokens in news),
         )
@@ -195,7 +196,7 @@ class Engine:
         match_lengths = [max(lengths) for lengths in zip(*(p.match_lengths for p in proposals))]
         if max(match_lengths) > 0:
             continuations = torch.cat([p.continuations for p in proposals], dim=1)
-            growth.add_lookups(continuations, self.policy.lookup_logprobs(continuations, match_lengths))
+            growth.add_lookups(continuations, *self.policy.lookup_chances(match_lengths))
         return match_lengths
 
     def _grow_levels(self, growth: Growth, sequences: Sequences, picker: TokenPicker, depth: int) -> int:

@@ -17,6 +17,10 @@ from treespec.tree import Tree
 
 _LOWEST = float("-inf")
 
+# Shares of looked-up tokens that proved right, by match length 0, 1, 2, ...; and of those after a right one.
+LOOKUP_PRIOR = (0.0, 0.25, 0.45, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9)
+LOOKUP_LATER = 0.85
+
 
 @dataclass
 class Outcome:
@@ -28,6 +32,7 @@ class Outcome:
     draft_levels: int
     draft_ms: float
     verify_ms: float
+    total_ms: float
     num_nodes: int
     new_tokens: int
 
@@ -40,9 +45,10 @@ class Policy:
     max_rows = 0
     lookup_length = 0
 
-    def lookup_logprobs(self, continuations: torch.Tensor, match_lengths: list[int]) -> torch.Tensor:
-        """Expected log-probability of every looked-up token, given the ones before it; `[B, M, L]` like its input."""
-        raise NotImplementedError
+    def lookup_chances(self, match_lengths: list[int]) -> tuple[list[float], list[float]]:
+        """Per row the chance that a lookup's first token is right, and a later one when the one before it was."""
+        first = [LOOKUP_PRIOR[min(length, len(LOOKUP_PRIOR) - 1)] for length in match_lengths]
+        return first, [max(chance, LOOKUP_LATER) for chance in first]
 
     def wants_lookup(self) -> bool:
         return self.lookup_length > 0
@@ -93,9 +99,6 @@ class ShapePolicy(Policy):
 
     def _widths(self) -> list[int]:
         return [self.frontier(depth)[0] for depth in range(1, self.max_depth)]
-
-    def lookup_logprobs(self, continuations, match_lengths):
-        return _lookup_prior(continuations, match_lengths)
 
     def wants_draft(self, lookup_scores):
         return self.with_model
@@ -165,27 +168,6 @@ class AdaptivePolicy(ShapePolicy):
         self.base_depth = min(max(self.base_depth + step, 1), self.shape.max_depth)
         self.shift = min(max(self.shift - step * self.shape.threshold_step, -0.5), 0.5)
         self._history.clear()
-
-
-# Share of looked-up tokens that were kept, by match length 1, 2, ...; and for those after the first of a kept run.
-_LOOKUP_PRIOR = (0.25, 0.45, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9)
-_LOOKUP_LATER = 0.85
-_LOOKUP_RANKS = 0.5
-
-
-def _lookup_prior(continuations: torch.Tensor, match_lengths: list[int]) -> torch.Tensor:
-    first = [_LOOKUP_PRIOR[min(length, len(_LOOKUP_PRIOR)) - 1] if length else 1e-9 for length in match_lengths]
-    return _lookup_table(continuations, first, [max(p, _LOOKUP_LATER) for p in first])
-
-
-def _lookup_table(continuations: torch.Tensor, first: list[float], later: list[float]) -> torch.Tensor:
-    """Log-probabilities `[B, M, L]`: `first` for a row's first token, `later` after it, half as much a rank."""
-    batch, num, length = continuations.shape
-    table = torch.tensor(later, device=continuations.device).log().view(batch, 1, 1).repeat(1, num, length)
-    table[:, :, 0] = torch.tensor(first, device=continuations.device).log().view(batch, 1)
-    ranks = torch.arange(num, device=continuations.device) * math.log(_LOOKUP_RANKS)
-    table[:, :, 0] += ranks
-    return table
 
 
 def make_policy(shape: Shape, with_model: bool, with_lookup: bool) -> Policy:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 _EMPTY = float("-inf")
 
@@ -19,7 +20,7 @@ class Tree:
 
     Attributes:
         tokens: int64 `[B, N]`.
-        parents: int64 `[B, N]`; -1 for the root, 0 for padding.
+        parents: int64 `[B, N]`; -1 for the root and for padding.
         depths: int64 `[B, N]`.
         visible: bool `[B, N, N]`; row i marks the ancestors of node i and itself.
         num_nodes: int64 `[B]`.
@@ -36,6 +37,14 @@ class Tree:
     scores: torch.Tensor
     draft_rows: torch.Tensor | None = None
     lookup: torch.Tensor | None = None
+
+
+NODE_SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 96, 128, 192, 256)
+
+
+def round_up_nodes(count: int) -> int:
+    """The next of a few widths, so that few shapes of forwards occur."""
+    return next(size for size in NODE_SIZES if size >= count)
 
 
 def root_only(root_tokens: torch.Tensor) -> Tree:
@@ -73,7 +82,11 @@ def ancestor_matrix(parents: torch.Tensor, max_depth: int) -> torch.Tensor:
     return reach > 0
 
 
-def merge_continuations(continuations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+# How much an occurrence counts among several, the likelier first.
+_VOTES = (0.4, 0.25, 0.2, 0.15)
+
+
+def merge_continuations(continuations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Shares common beginnings of continuations, making them a trie.
 
     Args:
@@ -82,16 +95,21 @@ def merge_continuations(continuations: torch.Tensor) -> tuple[torch.Tensor, torc
     Returns:
         parents: int64 `[B, M, L]`; place `m * L + l` of the parent, -1 where the parent is the root.
         fresh: bool `[B, M, L]`; whether the place holds a node of its own.
+        share: float32 `[B, M, L]`; the weighted share of continuations that go through the place.
     """
     batch, num, length = continuations.shape
     device = continuations.device
-    same = (continuations.unsqueeze(2) == continuations.unsqueeze(1)).cumprod(-1)
+    known = continuations >= 0
+    same = ((continuations.unsqueeze(2) == continuations.unsqueeze(1)) & known.unsqueeze(1)).cumprod(-1)
     first = same.argmax(2)  # the first continuation that begins the same way
     order = torch.arange(num, device=device).view(1, num, 1)
-    fresh = (first == order) & (continuations >= 0)
+    fresh = (first == order) & known
     place = first * length + torch.arange(length, device=device)
     parents = torch.cat([torch.full((batch, num, 1), -1, device=device), place[..., :-1]], dim=2)
-    return parents, fresh
+    votes = torch.tensor([_VOTES[min(k, len(_VOTES) - 1)] for k in range(num)], device=device)
+    total = (votes * known[..., 0]).sum(1).clamp_min_(1e-9)
+    share = torch.einsum("bmnl,n->bml", same.to(votes.dtype), votes) / total.view(batch, 1, 1)
+    return parents, fresh, share
 
 
 class Growth:
@@ -117,22 +135,26 @@ class Growth:
 
     # --- lookups ------------------------------------------------------------------------------------------------
 
-    def add_lookups(self, continuations: torch.Tensor, logprobs: torch.Tensor) -> None:
+    def add_lookups(self, continuations: torch.Tensor, first: list[float], later: list[float]) -> None:
         """Adds continuations of the committed text as a trie. At most once, before any level.
 
         Args:
             continuations: int64 `[B, M, L]`, -1 padded.
-            logprobs: float32 `[B, M, L]` expected log-probability of every token given the ones before it.
+            first: per row the chance that one of the first tokens is right.
+            later: per row the chance that a token is right when the one before it was.
         """
         batch, num, length = continuations.shape
-        parents, fresh = merge_continuations(continuations)
-        scores = logprobs.cumsum(-1).masked_fill_(~fresh, _EMPTY)
+        device = continuations.device
+        parents, fresh, share = merge_continuations(continuations)
+        chances = torch.tensor([first, later], device=device).clamp_min_(1e-9).log_().view(2, batch, 1, 1)
+        steps = torch.arange(length, device=device)
+        scores = (share.log() + chances[0] + steps * chances[1]).masked_fill_(~fresh, _EMPTY)
         self.num_lookups = num * length
         self.tokens.append(continuations.reshape(batch, -1).clamp_min(0))
         self.parents.append((parents + 1).view(batch, -1))
         self.scores.append(scores.view(batch, -1))
         self._sizes.append(self.num_lookups)
-        self._lookup_depths = torch.arange(1, length + 1, device=continuations.device).repeat(num)
+        self._lookup_depths = torch.arange(1, length + 1, device=device).repeat(num)
         self.count += self.num_lookups
 
     # --- levels of a stepwise source ----------------------------------------------------------------------------
@@ -205,7 +227,6 @@ class Growth:
         start = self.count - self._sizes[-1]
         scores = self.scores[-1]
         if self.num_lookups:
-            eligible = self._draft_rows[:, 1 : 1 + self.num_lookups].new_zeros(())
             parent_rows = self._draft_rows.gather(1, self.parents[1])
             eligible = (self._lookup_depths == depth) & (parent_rows >= 0)
             scores = torch.cat([self.scores[1].masked_fill(~eligible, _EMPTY), scores], dim=1)
@@ -227,10 +248,7 @@ class Growth:
         batch, width = self.frontier.shape
         device = self.frontier.device
         rows = torch.arange(offset, offset + width, device=device).expand(batch, -1)
-        missing = self.count - self._draft_rows.shape[1]
-        if missing:
-            pad = torch.full((batch, missing), -1, dtype=torch.long, device=device)
-            self._draft_rows = torch.cat([self._draft_rows, pad], dim=1)
+        self._draft_rows = F.pad(self._draft_rows, (0, self.count - self._draft_rows.shape[1]), value=-1)
         tokens = self._gather(self.tokens, self.frontier)
         parents = self._gather(self.parents, self.frontier)
         parent_rows = self._draft_rows.gather(1, parents).clamp_min(0)
@@ -250,7 +268,7 @@ class Growth:
         return torch.cat(blocks, dim=1).gather(1, index)
 
     def select(self, max_nodes: int, max_depth: int) -> Tree:
-        """The best `max_nodes` candidates, root included, as a tree.
+        """The best `max_nodes` candidates, root included, as a tree; its width is rounded up to a common size.
 
         A child is never likelier than its parent and never before it, so the best of a stable order are closed
         under ancestors.
@@ -273,21 +291,26 @@ class Growth:
         new_place = torch.zeros(batch, total, dtype=torch.long, device=scores.device)
         new_place.scatter_(1, kept, torch.arange(limit, device=scores.device).expand(batch, -1))
         parents = self._gather(self.parents, kept)
-        parents = torch.where(present, new_place.gather(1, parents.clamp_min(0)), 0)
+        parents = torch.where(present, new_place.gather(1, parents.clamp_min(0)), -1)
         parents[:, 0] = -1
+        padding = round_up_nodes(limit) - limit
+        parents = F.pad(parents, (0, padding), value=-1)
         visible = ancestor_matrix(parents, max_depth)
         draft_rows = None
         if self._draft_rows is not None:
-            grown = torch.full((batch, total), -1, dtype=torch.long, device=scores.device)
-            grown[:, : self._draft_rows.shape[1]] = self._draft_rows
+            grown = F.pad(self._draft_rows, (0, total - self._draft_rows.shape[1]), value=-1)
             draft_rows = grown.gather(1, kept).masked_fill_(~present, -1)
+            draft_rows = F.pad(draft_rows, (0, padding), value=-1)
+        lookup = None
+        if self.num_lookups:
+            lookup = F.pad((kept >= 1) & (kept <= self.num_lookups) & present, (0, padding))
         return Tree(
-            tokens=self._gather(self.tokens, kept),
+            tokens=F.pad(self._gather(self.tokens, kept), (0, padding)),
             parents=parents,
             depths=visible.sum(2) - 1,
             visible=visible,
             num_nodes=num_nodes,
-            scores=scores.gather(1, front)[:, :limit],
+            scores=F.pad(scores.gather(1, front)[:, :limit], (0, padding), value=_EMPTY),
             draft_rows=draft_rows,
-            lookup=(kept >= 1) & (kept <= self.num_lookups) if self.num_lookups else None,
+            lookup=lookup,
         )
