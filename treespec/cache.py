@@ -69,6 +69,17 @@ class TreeCache:
             self._active = self.batch
             self._set_views()
 
+    def copy_rows(self, row: int, length: int) -> list[torch.Tensor]:
+        """The first `length` rows of a sequence, for `paste_rows`."""
+        return [storage[:, row, :, :length].clone() for storage in self._storage.values()]
+
+    def paste_rows(self, row: int, rows: list[torch.Tensor]) -> None:
+        """Begins a sequence with copied rows."""
+        length = rows[0].shape[2]
+        for storage, copied in zip(self._storage.values(), rows):
+            storage[:, row, :, :length] = copied
+        self.prefix_lens[row] = length
+
     def drop_row(self, row: int) -> None:
         """Ends sequence `row`; the last active sequence takes its place."""
         last = self._active - 1

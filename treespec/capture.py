@@ -23,28 +23,35 @@ _aten = torch.ops.aten
 _FAST_BINDINGS: dict[Any, Callable] = {
     _aten.add.Tensor: torch.add,
     _aten.addmm.default: torch.addmm,
+    _aten.chunk.default: torch.chunk,
     _aten.bmm.default: torch.bmm,
     _aten.cat.default: torch.cat,
     _aten.cos.default: torch.cos,
     _aten.embedding.default: lambda weight, ids, *_: F.embedding(ids, weight),
+    _aten.div.Tensor: torch.div,
+    _aten.gelu.default: F.gelu,
+    _aten.layer_norm.default: torch.layer_norm,
     _aten.linear.default: F.linear,
     _aten.mean.dim: torch.mean,
     _aten.mm.default: torch.mm,
     _aten.mul.Tensor: torch.mul,
     _aten.neg.default: torch.neg,
+    _aten.pow.Tensor_Scalar: torch.pow,
+    _aten.relu.default: torch.relu,
+    _aten.reshape.default: torch.Tensor.reshape,
     _aten.rsqrt.default: torch.rsqrt,
     _aten.silu.default: F.silu,
     _aten.sin.default: torch.sin,
-    _aten.slice.Tensor: None,  # written as an indexing expression
+    _aten.split.Tensor: torch.split,
     _aten.sub.Tensor: torch.sub,
+    _aten.tanh.default: torch.tanh,
+    _aten.to.dtype: torch.Tensor.to,
     _aten.t.default: torch.t,
     _aten.transpose.int: torch.transpose,
     _aten.unsqueeze.default: torch.unsqueeze,
     _aten.view.default: torch.Tensor.view,
     _aten._unsafe_view.default: torch.Tensor.view,
 }
-_FAST_BINDINGS.pop(_aten.slice.Tensor)
-
 _REFUSED_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 _active: Recorder | None = None
@@ -141,6 +148,10 @@ class _Writer:
             return repr(value)
         return self.constant(value)
 
+    def knows(self, out: Any) -> bool:
+        """Whether a step's result is a tensor that already has a name, because the call changed nothing."""
+        return isinstance(out, torch.Tensor) and id(out) in self.names
+
     def result(self, out: Any, step: int) -> list[str]:
         """Names of a step's results; `_` for what is no new tensor."""
         names = []
@@ -164,7 +175,10 @@ def compile_recording(
     """
     writer = _Writer(inputs)
     lines: list[tuple[str, list[str], list[str]]] = []
-    for k, (func, args, kwargs, out) in enumerate(steps):
+    for k, step in enumerate(steps):
+        func, args, kwargs, out = _quicker(step)
+        if writer.knows(out) and _is_pure(func):
+            continue
         writer.used = []
         operands = [writer.operand(arg) for arg in args]
         operands += [f"{name}={writer.operand(value)}" for name, value in kwargs.items()]
@@ -188,6 +202,22 @@ def compile_recording(
     source.append(f"    return {returned}")
     exec(compile("\n".join(source), "<recorded forward>", "exec"), writer.namespace)
     return writer.namespace["replay"]
+
+
+def _is_pure(func: Callable) -> bool:
+    return isinstance(func, torch._ops.OpOverload) and not func._schema.is_mutable
+
+
+def _quicker(step: tuple[Callable, tuple, dict, Any]) -> tuple[Callable, tuple, dict, Any]:
+    """The same result by a call that costs less to make."""
+    func, args, kwargs, out = step
+    if func is _aten.slice.Tensor and not kwargs and (len(args) < 5 or args[4] == 1):
+        dim, start = (args[1] if len(args) > 1 else 0), (args[2] if len(args) > 2 else 0) or 0
+        start = start + args[0].shape[dim] if start < 0 else start
+        return torch.narrow, (args[0], dim, start, out.shape[dim]), {}, out
+    if func is _aten.pow.Tensor_Scalar and args[1] == 2:
+        return torch.mul, (args[0], args[0]), {}, out
+    return step
 
 
 def pack_linears(

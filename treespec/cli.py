@@ -1,7 +1,7 @@
 """The `treespec` command: `demo`, `generate` and `info`.
 
-Answers go to stdout, progress and summaries to stderr. Exit codes: 0 done, 1 the demo found text that differs from the
-target's own, 2 a value or path that cannot be used, 130 interrupted.
+Answers go to stdout, progress and summaries to stderr. Exit codes: 0 done, 1 the demo found text
+that differs from the target's own, 2 a value or path that cannot be used, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -14,12 +14,20 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from treespec import __version__, console
 
-SHAPES = {"chain": "Chain", "fixed": "FixedTree", "best-first": "BestFirstTree", "adaptive": "AdaptiveTree"}
+SHAPES = {
+    "chain": "Chain",
+    "fixed": "FixedTree",
+    "best-first": "BestFirstTree",
+    "adaptive": "AdaptiveTree",
+}
 _TREE_HELP = (
-    'shape of the drafted tree: "auto", or one of ' + ", ".join(SHAPES) + ", with values after a colon, "
+    'shape of the drafted tree: "auto", or one of '
+    + ", ".join(SHAPES)
+    + ", with values after a colon, "
     "as in chain:4 or fixed:depth=5,branching=2,prune_threshold=0.05 (default: auto)"
 )
 
@@ -29,7 +37,8 @@ class UsageError(Exception):
 
 
 def parse_tree(text: str):
-    """A `tree=` argument from its spelling on the command line; a value without a name is the shape's first field.
+    """A `tree=` argument from its spelling on the command line; a value without a name is the
+    shape's first field.
 
     Raises:
         UsageError: unknown shape, field or value; the message says which are known.
@@ -78,7 +87,9 @@ def _load_torch(arguments: argparse.Namespace):
         device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, ValueError) as error:
-        raise UsageError(f"--device: {arguments.device!r} cannot be used here: {_one_line(error)}") from None
+        raise UsageError(
+            f"--device: {arguments.device!r} cannot be used here: {_one_line(error)}"
+        ) from None
     return torch, device
 
 
@@ -98,31 +109,35 @@ def _load_model(option: str, name: str, dtype, device):
     return model.to(device).eval()
 
 
+def _load_tokenizer(name: str):
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, ImportError) as error:
+        reason = _one_line(error)[:300]
+        raise UsageError(f"--model: no tokenizer in {name!r}: {reason}") from None
+
+
 def _load_pair(arguments: argparse.Namespace, device):
     """Target, draft argument and tokenizer as --model and --draft ask."""
     from treespec.demo import load_demo_pair, resolve_dtype
 
-    dtype = resolve_dtype(arguments.dtype) if arguments.dtype else "auto"
-    demo = None
     names = arguments.draft or (["demo"] if arguments.model == "demo" else ["ngram"])
     if "none" in names and len(names) > 1:
         raise UsageError("--draft: none cannot be combined with another draft")
-    if "demo" in (arguments.model, *names):
-        demo = load_demo_pair(dtype="float32" if dtype == "auto" else dtype, device=device)
+    demo_draft: Any = None
     if arguments.model == "demo":
-        target, tokenizer = demo[0], demo[2]
+        dtype = arguments.dtype or "float32"
+        target, demo_draft, tokenizer = load_demo_pair(dtype=dtype, device=device)
     else:
-        from transformers import AutoTokenizer
-
+        dtype = resolve_dtype(arguments.dtype) if arguments.dtype else "auto"
         target = _load_model("--model", arguments.model, dtype, device)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-        except (OSError, ValueError, ImportError) as error:
-            raise UsageError(f"--model: no tokenizer in {arguments.model!r}: {_one_line(error)[:300]}") from None
-    drafts = []
+        tokenizer = _load_tokenizer(arguments.model)
+    drafts: list[Any] = []
     for name in names:
         if name == "demo":
-            drafts.append(demo[1])
+            drafts.append(demo_draft or load_demo_pair(dtype=target.dtype, device=device)[1])
         elif name == "ngram":
             drafts.append("ngram")
         elif name != "none":
@@ -214,7 +229,8 @@ def run_generate(arguments: argparse.Namespace) -> int:
         print(spec.explain(), file=sys.stderr)
     if not arguments.json:
         speed = 1e3 * len(new_ids) / stats.total_ms if stats.total_ms else 0.0
-        summary = f"{len(new_ids)} tokens, {speed:.0f} tokens/s, {stats.tokens_per_round:.2f} tokens per round"
+        summary = f"{len(new_ids)} tokens, {speed:.0f} tokens/s, "
+        summary += f"{stats.tokens_per_round:.2f} tokens per round"
         print(summary, file=sys.stderr)
     return 0
 
@@ -225,24 +241,33 @@ _DEMO_COLUMNS = ("method", "tokens/s", "ratio", "tokens per round", "identical")
 def _demo_row(result) -> tuple[str, ...]:
     identical = "yes"
     if not result.identical:
-        identical = f"no: {result.differing} of {result.prompts}, logit gap <= {result.largest_gap:.2g}"
+        identical = (
+            f"no: {result.differing} of {result.prompts}, logit gap <= {result.largest_gap:.2g}"
+        )
     speed, per_round = f"{result.tokens_per_second:.0f}", f"{result.tokens_per_round:.2f}"
     return result.method, speed, f"{result.ratio:.2f}x", per_round, identical
 
 
 def run_demo(arguments: argparse.Namespace) -> int:
-    """`treespec demo`: live text, then one table; exit code 1 where float32 text of ours is not the target's own."""
+    """`treespec demo`: live text, then one table; exit code 1 where float32 text of ours is not the
+    target's own.
+    """
     torch, device = _load_torch(arguments)
     with console.progress("loading the demo pair"):
         from treespec import TreeSpeculator, demo
 
-        target, draft, tokenizer = demo.load_demo_pair(dtype=arguments.dtype or "float32", device=device)
+        target, draft, tokenizer = demo.load_demo_pair(
+            dtype=arguments.dtype or "float32", device=device
+        )
         spec = TreeSpeculator(target, draft, tokenizer=tokenizer)
     prompts = demo.spread_prompts(demo.load_prompts("dev"), arguments.prompts)
     encoded = [_encode(tokenizer, prompt["prompt"], False, device) for prompt in prompts]
     dtype = str(target.dtype).removeprefix("torch.")
     if not arguments.json:
-        print(f"{prompts[0]['prompt'].rstrip()[-300:]}\n--- continued by the target, with speculation:")
+        print(
+            f"{prompts[0]['prompt'].rstrip()[-300:]}\n"
+            "--- continued by the target, with speculation:"
+        )
         budget = {"max_new_tokens": arguments.max_new_tokens, "do_sample": False}
         _stream(spec, tokenizer, encoded[0], _write_now, lambda steps: None, **budget)
         print("\n")
@@ -264,11 +289,15 @@ def run_demo(arguments: argparse.Namespace) -> int:
         }
         print(json.dumps(report))
     else:
-        title = f"{len(encoded)} prompts x {arguments.max_new_tokens} new tokens, greedy, {dtype}, {device}"
+        size = f"{len(encoded)} prompts x {arguments.max_new_tokens} new tokens"
+        title = f"{size}, greedy, {dtype}, {device}"
         console.print_table(title, _DEMO_COLUMNS, [_demo_row(result) for result in results])
         print(f"identical: {'yes' if identical else 'no'}")
         if not identical and dtype != "float32":
-            print("In 16 bits a tie of two tokens can fall either way; the logit gap shows how close they were.")
+            print(
+                "In 16 bits a tie of two tokens can fall either way; "
+                "the logit gap shows how close they were."
+            )
     if broken and dtype == "float32":
         names = ", ".join(result.method for result in broken)
         print(f"treespec demo: text differs from the target's own: {names}", file=sys.stderr)
@@ -284,14 +313,18 @@ def run_info(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(report))
         return 0
-    rows = [(name, version or "not installed") for name, version in report["versions"].items()]
-    console.print_table("versions", ("package", "version"), rows, text_columns=2)
+    versions = [(name, found or "not installed") for name, found in report["versions"].items()]
+    console.print_table("versions", ("package", "version"), versions, text_columns=2)
     print()
     for device in report["devices"]:
-        details = [f"{key} {value}" for key, value in device.items() if key not in ("device", "name")]
+        details = [
+            f"{key} {value}" for key, value in device.items() if key not in ("device", "name")
+        ]
         print(f"{device['device']}: {device['name']} ({', '.join(details)})")
     print()
-    rows = [(path["path"], "yes" if path["works"] else "no", path["reason"]) for path in report["paths"]]
+    rows = [
+        (path["path"], "yes" if path["works"] else "no", path["reason"]) for path in report["paths"]
+    ]
     console.print_table("paths", ("path", "works here", "why"), rows, text_columns=3)
     return 0
 
@@ -317,66 +350,114 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command."""
     parser = _Parser(
         prog="treespec",
-        description="The text a Hugging Face causal LM would write, several times faster, by lossless tree speculation.",
-        epilog="Try: treespec demo. With TREESPEC_TRACEBACK=1 in the environment an error shows where it came from.",
+        description="The text a Hugging Face causal LM would write, several times faster, "
+        "by lossless tree speculation.",
+        epilog="Try: treespec demo. With TREESPEC_TRACEBACK=1 in the environment "
+        "an error shows where it came from.",
     )
     parser.add_argument("--version", action="version", version=f"treespec {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", parser_class=_Parser
+    )
 
-    machine = argparse.ArgumentParser(add_help=False)
-    machine.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="precision of the models")
-    machine.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a CUDA device if there is one)")
-    machine.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: torch's choice)")
+    machine = _Parser(add_help=False)
+    machine.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="precision of the models"
+    )
+    machine.add_argument(
+        "--device", help="cpu, cuda, cuda:1 ... (default: a CUDA device if there is one)"
+    )
+    machine.add_argument(
+        "--threads", type=_positive, metavar="N", help="CPU threads (default: torch's choice)"
+    )
 
     demo = commands.add_parser(
         "demo",
         parents=[machine],
         help="watch it write, beside plain decoding, on a bundled model pair",
-        description="Streams a text, then times plain decoding, assisted generation, prompt lookup and this "
-        "library's chains and trees on the bundled pair, in turns, and checks that all wrote the same text. "
-        "No network, no GPU needed. Exit code 1 if a float32 text of this library differs.",
+        description="Streams a text, then times plain decoding, assisted generation, prompt lookup "
+        "and this library's chains and trees on the bundled pair, in turns, and checks that all "
+        "wrote the same text. No network, no GPU needed. Exit code 1 if a float32 text of this "
+        "library differs.",
     )
-    demo.add_argument("--prompts", type=_positive, default=8, metavar="N", help="prompts to time (default: 8, up to 60)")
-    demo.add_argument("--max-new-tokens", type=_positive, default=100, metavar="N", help="default: 100")
-    demo.add_argument("--json", action="store_true", help="print one JSON object instead of text and table")
+    demo.add_argument(
+        "--prompts",
+        type=_positive,
+        default=8,
+        metavar="N",
+        help="prompts to time (default: 8, up to 60)",
+    )
+    demo.add_argument(
+        "--max-new-tokens", type=_positive, default=100, metavar="N", help="default: 100"
+    )
+    demo.add_argument(
+        "--json", action="store_true", help="print one JSON object instead of text and table"
+    )
     demo.set_defaults(run=run_demo)
 
     generate = commands.add_parser(
         "generate",
         parents=[machine],
         help="continue a prompt",
-        description="Continues a prompt with the target's own text. The prompt comes from --prompt, --file or stdin.",
+        description="Continues a prompt with the target's own text. "
+        "The prompt comes from --prompt, --file or stdin.",
         epilog='Examples: treespec generate --prompt "Once upon a time" --stream · '
-        "treespec generate --model ./my-model --draft ./my-small-model --draft ngram --file prompt.txt",
+        "treespec generate --model ./my-model --draft ./my-small-model --draft ngram "
+        "--file prompt.txt",
     )
-    generate.add_argument("--model", default="demo", help="directory, hub name, or demo, the bundled target (default)")
+    generate.add_argument(
+        "--model", default="demo", help="directory, hub name, or demo, the bundled target (default)"
+    )
     generate.add_argument(
         "--draft",
         action="append",
         metavar="DRAFT",
-        help="directory, hub name, demo, ngram (lookup in the text so far) or none; repeat it to merge several "
-        "(default: demo for the bundled target, else ngram)",
+        help="directory, hub name, demo, ngram (lookup in the text so far) or none; "
+        "repeat it to merge several (default: demo for the bundled target, else ngram)",
     )
     source = generate.add_mutually_exclusive_group()
     source.add_argument("--prompt", metavar="TEXT", help="the prompt itself")
-    source.add_argument("--file", metavar="PATH", help="a UTF-8 file that holds the prompt; - for stdin")
-    generate.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
+    source.add_argument(
+        "--file", metavar="PATH", help="a UTF-8 file that holds the prompt; - for stdin"
+    )
+    generate.add_argument(
+        "--chat", action="store_true", help="put the prompt into the model's chat template"
+    )
     generate.add_argument("--tree", default="auto", help=_TREE_HELP)
-    generate.add_argument("--max-new-tokens", type=_positive, default=200, metavar="N", help="default: 200")
-    generate.add_argument("--temperature", type=float, metavar="T", help="sample at this temperature (default: greedy)")
-    generate.add_argument("--top-k", type=int, metavar="K", help="sample among the K likeliest tokens")
-    generate.add_argument("--top-p", type=float, metavar="P", help="sample among the likeliest tokens of total probability P")
+    generate.add_argument(
+        "--max-new-tokens", type=_positive, default=200, metavar="N", help="default: 200"
+    )
+    generate.add_argument(
+        "--temperature",
+        type=float,
+        metavar="T",
+        help="sample at this temperature (default: greedy)",
+    )
+    generate.add_argument(
+        "--top-k", type=int, metavar="K", help="sample among the K likeliest tokens"
+    )
+    generate.add_argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="sample among the likeliest tokens of total probability P",
+    )
     generate.add_argument("--seed", type=int, help="same seed, same text, with any draft and tree")
-    generate.add_argument("--explain", action="store_true", help="say on stderr what was chosen and why")
+    generate.add_argument(
+        "--explain", action="store_true", help="say on stderr what was chosen and why"
+    )
     form = generate.add_mutually_exclusive_group()
     form.add_argument("--stream", action="store_true", help="print text as it is written")
-    form.add_argument("--json", action="store_true", help="print text, ids and statistics as one JSON object")
+    form.add_argument(
+        "--json", action="store_true", help="print text, ids and statistics as one JSON object"
+    )
     generate.set_defaults(run=run_generate)
 
     info = commands.add_parser(
         "info",
         help="versions, devices, and which paths work here",
-        description="Prints versions, devices, and which ways of computing work here, and why the others do not.",
+        description="Prints versions, devices, and which ways of computing work here, "
+        "and why the others do not.",
     )
     info.add_argument("--json", action="store_true", help="print one JSON object")
     info.set_defaults(run=run_info)

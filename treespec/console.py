@@ -1,4 +1,6 @@
-"""What the command line draws: tables, progress and live text. `rich` draws them where it is installed, plain text elsewhere."""
+"""What the command line draws: tables, progress and live text. `rich` draws them where it is
+installed, plain text elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,12 @@ def _rich_installed() -> bool:
     return importlib.util.find_spec("rich") is not None
 
 
-def format_table(columns: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
-    """A plain table; the first `text_columns` columns are set to the left, the others, figures, to the right."""
+def format_table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1
+) -> str:
+    """A plain table; the first `text_columns` columns are set to the left, the others, figures, to
+    the right.
+    """
     widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
 
     def line(cells: Sequence[str]) -> str:
@@ -70,7 +76,14 @@ def progress(description: str, total: int | None = None) -> Iterator[Callable[..
             yield advance
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        SpinnerColumn,
+        TextColumn,
+        TimeElapsedColumn,
+    )
 
     columns = [SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()]
     if total is not None:
@@ -82,10 +95,12 @@ def progress(description: str, total: int | None = None) -> Iterator[Callable[..
 
 
 class LiveText:
-    """Decodes token ids as they come and writes the text that is certain, so that no half character is shown.
+    """Decodes token ids as they come and writes the text that is certain, so that no half character
+    is shown.
 
     Args:
-        decode: from a list of ids to text. It always gets all ids: what a token reads as can depend on those before it.
+        decode: from a list of ids to text. It always gets all ids: what a token reads as can depend
+            on those before it.
         write: takes each new piece of text.
     """
 

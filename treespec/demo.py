@@ -1,4 +1,6 @@
-"""The bundled model pair and prompts, and the comparison `treespec demo` runs on them. Everything is local: no hub access."""
+"""The bundled model pair and prompts, and the comparison `treespec demo` runs on them. Everything
+is local: no hub access.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -66,7 +68,9 @@ def load_demo_pair(dtype: torch.dtype | str = torch.float32, device: torch.devic
 
     with _no_progress_bars():
         target, draft = (
-            AutoModelForCausalLM.from_pretrained(DATA / "demo" / role, dtype=resolved, local_files_only=True)
+            AutoModelForCausalLM.from_pretrained(
+                DATA / "demo" / role, dtype=resolved, local_files_only=True
+            )
             for role in ("target", "draft")
         )
     tokenizer = AutoTokenizer.from_pretrained(DATA / "demo", local_files_only=True)
@@ -74,7 +78,8 @@ def load_demo_pair(dtype: torch.dtype | str = torch.float32, device: torch.devic
 
 
 def load_prompts(name: str = "dev") -> list[dict[str, str]]:
-    """A bundled prompt set: "dev" (60 prompts of 8 categories), "fallback" (10) or "wikitext2_800chars" (10).
+    """A bundled prompt set: "dev" (60 prompts of 8 categories), "fallback" (10) or
+    "wikitext2_800chars" (10).
 
     Returns:
         One dict per prompt with at least `id`, `category` and `prompt`, in the order of the file.
@@ -104,7 +109,9 @@ def spread_prompts(prompts: list[dict[str, str]], count: int) -> list[dict[str, 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to continue a prompt: `run(input_ids[1, S])` gives `(ids[1, S + new], rounds)`, rounds being target forwards."""
+    """A way to continue a prompt: `run(input_ids[1, S])` gives `(ids[1, S + new], rounds)`, rounds
+    being target forwards.
+    """
 
     name: str
     run: Callable[[torch.Tensor], tuple[torch.Tensor, int]]
@@ -115,8 +122,9 @@ class Method:
 class Result:
     """One row of the comparison. `differing` counts prompts whose text is not plain generation's.
 
-    `largest_gap` is, over those, the largest difference between the target's logits of the two tokens at the first
-    place where the texts part: in 16 bits it shows whether a difference is a rounding tie.
+    `largest_gap` is, over those, the largest difference between the target's logits of the two
+    tokens at the first place where the texts part: in 16 bits it shows whether a difference is a
+    rounding tie.
     """
 
     method: str
@@ -143,9 +151,10 @@ class Result:
 
     def as_dict(self) -> dict:
         """Plain data, ready for JSON."""
-        names = ("method", "ours", "prompts", "new_tokens", "rounds", "seconds", "tokens_per_second", "ratio")
-        names += ("tokens_per_round", "identical", "differing", "largest_gap")
-        return {name: getattr(self, name) for name in names}
+        data = asdict(self)
+        for name in ("tokens_per_second", "tokens_per_round", "identical"):
+            data[name] = getattr(self, name)
+        return data
 
 
 @contextmanager
@@ -163,7 +172,9 @@ def _count_forwards(model) -> Iterator[list[int]]:
 
 
 def transformers_method(name: str, target, max_new_tokens: int, **generate_kwargs) -> Method:
-    """A method that calls `target.generate` greedily with further keywords, counting the target's forwards."""
+    """A method that calls `target.generate` greedily with further keywords, counting the target's
+    forwards.
+    """
 
     def run(input_ids: torch.Tensor) -> tuple[torch.Tensor, int]:
         with _count_forwards(target) as calls:
@@ -180,7 +191,9 @@ def transformers_method(name: str, target, max_new_tokens: int, **generate_kwarg
 
 
 def speculator_method(name: str, speculator, max_new_tokens: int) -> Method:
-    """A method that calls `speculator.generate` greedily; the prefill, which writes the first token, counts as a round."""
+    """A method that calls `speculator.generate` greedily; the prefill, which writes the first
+    token, counts as a round.
+    """
 
     def run(input_ids: torch.Tensor) -> tuple[torch.Tensor, int]:
         ids = speculator.generate(input_ids, max_new_tokens=max_new_tokens, do_sample=False)
@@ -190,7 +203,9 @@ def speculator_method(name: str, speculator, max_new_tokens: int) -> Method:
 
 
 def demo_methods(target, draft, tokenizer, max_new_tokens: int) -> list[Method]:
-    """What `treespec demo` compares: three ways of `target.generate`, then this library's chain, trees and auto."""
+    """What `treespec demo` compares: three ways of `target.generate`, then this library's chain,
+    trees and auto.
+    """
     from treespec import AdaptiveTree, BestFirstTree, Chain, FixedTree, TreeSpeculator
 
     merged = [draft, "ngram"]
@@ -199,8 +214,16 @@ def demo_methods(target, draft, tokenizer, max_new_tokens: int) -> list[Method]:
         ("treespec tree, draft alone", draft, BestFirstTree(max_nodes=12, depth=4, width=3)),
         ("treespec chain, draft + lookup", merged, Chain(length=4)),
         ("treespec fixed tree, draft + lookup", merged, FixedTree(depth=3, max_nodes=16)),
-        ("treespec best-first tree, draft + lookup", merged, BestFirstTree(max_nodes=16, depth=3, width=4)),
-        ("treespec adaptive tree, draft + lookup", merged, AdaptiveTree(base_depth=2, max_depth=4, max_nodes=16)),
+        (
+            "treespec best-first tree, draft + lookup",
+            merged,
+            BestFirstTree(max_nodes=16, depth=3, width=4),
+        ),
+        (
+            "treespec adaptive tree, draft + lookup",
+            merged,
+            AdaptiveTree(base_depth=2, max_depth=4, max_nodes=16),
+        ),
         ("treespec auto", draft, "auto"),
     ]
     return [
@@ -209,7 +232,9 @@ def demo_methods(target, draft, tokenizer, max_new_tokens: int) -> list[Method]:
         transformers_method("prompt lookup", target, max_new_tokens, prompt_lookup_num_tokens=10),
         *(
             speculator_method(
-                name, TreeSpeculator(target, sources, tree=tree, tokenizer=tokenizer), max_new_tokens
+                name,
+                TreeSpeculator(target, sources, tree=tree, tokenizer=tokenizer),
+                max_new_tokens,
             )
             for name, sources, tree in ours
         ),
@@ -218,7 +243,8 @@ def demo_methods(target, draft, tokenizer, max_new_tokens: int) -> list[Method]:
 
 @torch.no_grad()
 def first_difference_gap(target, plain_ids: torch.Tensor, other_ids: torch.Tensor) -> float:
-    """How much the target prefers plain's token over the other's, in logits, where two texts first differ.
+    """How much the target prefers plain's token over the other's, in logits, where two texts first
+    differ.
 
     Args:
         plain_ids, other_ids: int64 [S], [S'], different.
@@ -254,9 +280,11 @@ def compare(
     warmups: int = 1,
     on_step: Callable[[str], None] | None = None,
 ) -> list[Result]:
-    """Times every method on every prompt, in turns, and checks each text against that of the first method.
+    """Times every method on every prompt, in turns, and checks each text against that of the first
+    method.
 
-    All methods see a prompt before any sees the next, in an order that rotates, so drift of the machine hits all alike.
+    All methods see a prompt before any sees the next, in an order that rotates, so drift of the
+    machine hits all alike.
 
     Args:
         target: the model whose logits judge a difference.

@@ -1,4 +1,6 @@
-"""Where this runs: versions, devices, and which paths work here and why not. For `treespec info` and for benchmark records."""
+"""Where this runs: versions, devices, and which paths work here and why not. For `treespec info`
+and for benchmark records.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +10,28 @@ import os
 import platform
 import sys
 
-_PACKAGES = ("torch", "triton", "transformers", "tokenizers", "numpy", "rich", "flashspec", "economize")
+_PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "tokenizers",
+    "numpy",
+    "rich",
+    "flashspec",
+    "economize",
+)
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of this package, Python and what it works with; None where something is not installed."""
+    """Versions of this package, Python and what it works with; None where something is not
+    installed.
+    """
     import treespec
 
-    found: dict[str, str | None] = {"treespec": treespec.__version__, "python": platform.python_version()}
+    found: dict[str, str | None] = {
+        "treespec": treespec.__version__,
+        "python": platform.python_version(),
+    }
     for name in _PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
@@ -40,7 +56,12 @@ def devices() -> list[dict]:
     import torch
 
     capability = torch.backends.cpu.get_cpu_capability()
-    cpu = {"device": "cpu", "name": _cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    cpu = {
+        "device": "cpu",
+        "name": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
     found: list[dict] = [{**cpu, "capability": capability}]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -56,7 +77,9 @@ def devices() -> list[dict]:
 
 
 def paths() -> list[dict]:
-    """Each way of computing: whether it works on the best device here, and a sentence saying why or why not."""
+    """Each way of computing: whether it works on the best device here, and a sentence saying why or
+    why not.
+    """
     import torch
 
     from treespec.kernels import ops

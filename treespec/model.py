@@ -46,8 +46,9 @@ class TreeModel:
         self._recordings: dict[tuple, _Recording] = {}
         self._packed = PackedWeights(_packing_budget(model)) if PackedWeights.available() else None
         self._weights_seen: tuple = ()
+        self._prefix: tuple[torch.Tensor, list[torch.Tensor]] | None = None
         self._keeps_logits = hf.forward_accepts(model, "logits_to_keep")
-        self._training = [module for module in model.modules() if module.training]
+        self.training_modules = [module for module in model.modules() if module.training]
         self._probe()
 
     @property
@@ -91,7 +92,7 @@ class TreeModel:
         branches = [[0, 1, 3], [0, 2, 4]]
         sequences = torch.cat([torch.cat([prompt, nodes[:, b]], dim=1) for b in branches]).to(self.device)
         positions = torch.arange(7, device=self.device).expand(2, -1)
-        with torch.inference_mode(), hf.evaluation_mode(self._training):
+        with torch.inference_mode(), hf.evaluation_mode(self.training_modules):
             past = DynamicCache(config=self.config)
             try:
                 expected = self.model(
@@ -165,18 +166,20 @@ class TreeModel:
 
     def begin(self) -> None:
         """Called before every generation: notices changed weights, hooks and training mode."""
-        self._training = [module for module in self.model.modules() if module.training]
+        self.training_modules = [module for module in self.model.modules() if module.training]
         weights = tuple((id(p), p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.model.parameters())
         obstacle = self._recording_obstacle() if self.recording_reason is None else self.recording_reason
         if weights != self._weights_seen or obstacle != self.recording_reason:
             self._recordings.clear()
-            if self._packed is not None:
-                self._packed = PackedWeights(self._packed.max_bytes)
+            if weights != self._weights_seen:
+                self._prefix = None
+                if self._packed is not None:
+                    self._packed = PackedWeights(self._packed.max_bytes)
         self._weights_seen, self.recording_reason = weights, obstacle
 
     def release(self) -> None:
         """Gives back the buffers, the recordings and the prepacked weights."""
-        self.cache = self._facade = None
+        self.cache = self._facade = self._prefix = None
         self._recordings.clear()
         if self._packed is not None:
             self._packed = PackedWeights(self._packed.max_bytes)
@@ -185,6 +188,23 @@ class TreeModel:
         self.cache.drop_row(row)
         self._recordings.clear()
 
+    @torch.inference_mode()
+    def keep_prefix(self, ids: torch.Tensor) -> None:
+        """Forwards `[1, W]` ids once and keeps their rows for sequences that begin with them."""
+        self.begin()
+        self.allocate(1, ids.shape[1])
+        self._prefix = None
+        self.ingest(ids, [ids.shape[1]])
+        self._prefix = (ids[0].clone(), self.cache.copy_rows(0, ids.shape[1]))
+
+    def _reuse_prefix(self, tokens: torch.Tensor, lens: list[int]) -> None:
+        if self._prefix is None:
+            return
+        ids, rows = self._prefix
+        for row, have in enumerate(self.cache.prefix_lens):
+            if have == 0 and lens[row] >= len(ids) and torch.equal(tokens[row, : len(ids)], ids):
+                self.cache.paste_rows(row, rows)
+
     def ingest(self, tokens: torch.Tensor, lens: list[int]) -> None:
         """Brings the committed rows of every sequence up to `lens[b]`, in chunks, without logits.
 
@@ -192,6 +212,7 @@ class TreeModel:
             tokens: int64 `[B, S]`.
             lens: rows each sequence shall have; those that have them are left alone.
         """
+        self._reuse_prefix(tokens, lens)
         prefix_lens = self.cache.prefix_lens
         while (missing := [max(0, upto - have) for upto, have in zip(lens, prefix_lens)]) and max(missing) > 0:
             width = min(max(missing), PREFILL_CHUNK)
@@ -250,7 +271,7 @@ class TreeModel:
     def _call(self, tokens: torch.Tensor, positions: torch.Tensor, **kwargs) -> torch.Tensor:
         if self.route == "masks":
             kwargs["attention_mask"] = hf.dense_mask(self.dtype)
-        with hf.attention_switched(self._configs, hf.ATTENTION_NAME), hf.evaluation_mode(self._training):
+        with hf.attention_switched(self._configs, hf.ATTENTION_NAME), hf.evaluation_mode(self.training_modules):
             return self.model(
                 input_ids=tokens,
                 position_ids=positions,

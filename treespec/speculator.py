@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel, StoppingCriteriaList
@@ -16,6 +17,7 @@ from transformers.generation import (
 
 from treespec import checks
 from treespec.engine import Engine, Request
+from treespec.many import generate_many
 from treespec.model import TreeModel
 from treespec.policy import Policy, make_policy
 from treespec.sampling import RULES, TokenPicker
@@ -23,6 +25,9 @@ from treespec.shapes import Shape, resolve_shape
 from treespec.sources import DraftSource, NgramSource, OneShotSource
 from treespec.sources.model import ModelSource
 from treespec.stats import SpeculationStats
+
+if TYPE_CHECKING:
+    from treespec.report import ProfileReport, SelfCheckReport
 
 
 class TreeSpeculator:
@@ -157,6 +162,33 @@ class TreeSpeculator:
         for news in self._engine.run(request):
             for _, tokens in news:
                 yield torch.tensor(tokens, dtype=torch.long, device=request.input_ids.device)
+
+    def generate_many(
+        self,
+        prompts: list,
+        max_new_tokens: int | None = None,
+        max_batch: int = 32,
+        progress: bool = False,
+        output: str | Path | None = None,
+        **kwargs: Any,
+    ) -> list[torch.Tensor]:
+        """Generates for many prompts, in batches of similar length.
+
+        Args:
+            prompts: texts (with `tokenizer`), lists of ids, or 1-D tensors.
+            max_new_tokens: as in `generate`.
+            max_batch: most prompts at a time.
+            progress: show a progress bar.
+            output: a JSON-lines file that every finished prompt is appended to; prompts it already holds are not
+                generated again, so an interrupted run can be resumed.
+            **kwargs: as in `generate`. A `seed` is used for every batch, with a row's place in its batch.
+
+        Returns:
+            Per prompt, in the order given, a 1-D LongTensor of prompt and new ids without padding.
+        """
+        if max_new_tokens is not None:
+            kwargs["max_new_tokens"] = max_new_tokens
+        return generate_many(self, prompts, max_batch, progress, output, kwargs)
 
     def __call__(
         self,
@@ -294,7 +326,7 @@ class TreeSpeculator:
 
         return explain(self)
 
-    def self_check(self, input_ids: torch.Tensor, num_nodes: int = 32, new_tokens: int = 32, seed: int = 0):
+    def self_check(self, input_ids: torch.Tensor, num_nodes: int = 32, new_tokens: int = 32, seed: int = 0) -> SelfCheckReport:
         """Proves losslessness on this very pair: logits of random trees against sequences, and tokens at T = 0 and T > 0.
 
         Args:
@@ -309,6 +341,60 @@ class TreeSpeculator:
         from treespec.report import self_check
 
         return self_check(self, input_ids, num_nodes, new_tokens, seed)
+
+    def prefill(self, input_ids: torch.Tensor) -> int:
+        """Forwards a common beginning once; later prompts that begin with it skip that part of their prefill.
+
+        A second call replaces the first prefix, `reset` forgets it.
+
+        Args:
+            input_ids: int `[1, W]`.
+
+        Returns:
+            Tokens that are kept, W.
+        """
+        checks.input_ids(input_ids, self._target.vocab_size)
+        if input_ids.shape[0] != 1:
+            raise ValueError(f"input_ids must be one prefix [1, W]; got shape {list(input_ids.shape)}")
+        ids = input_ids.to(self._target.device, torch.long)
+        for model in filter(None, (self._target, self._model)):
+            model.keep_prefix(ids)
+        return ids.shape[1]
+
+    def warmup(self, batch_sizes: list[int] | int = 1, max_length: int = 512) -> None:
+        """Allocates buffers and records the usual forwards, so that the first real call is not the slow one.
+
+        Args:
+            batch_sizes: rows of the calls to come.
+            max_length: tokens of their longest sequence, prompt and new ones together.
+        """
+        sizes = [batch_sizes] if isinstance(batch_sizes, int) else list(batch_sizes)
+        if not sizes or any(isinstance(b, bool) or not isinstance(b, int) or b < 1 for b in sizes):
+            raise ValueError(f"batch_sizes must be positive integers; got {batch_sizes!r}")
+        if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 16:
+            raise ValueError(f"max_length must be an integer of at least 16; got {max_length!r}")
+        new_tokens = min(64, max_length // 2)
+        # a repeating prompt makes lookups and wide trees occur
+        pattern = torch.arange(max_length - new_tokens) % 7 % self._target.vocab_size
+        for batch in sizes:
+            self.generate(
+                pattern.repeat(batch, 1), torch.ones(batch, len(pattern)), max_new_tokens=new_tokens, do_sample=False,
+                eos_token_id=-1,
+            )
+
+    def profile(self, input_ids: torch.Tensor, max_new_tokens: int = 64) -> ProfileReport:
+        """Measures where the time of a round goes on this machine, for this prompt.
+
+        Args:
+            input_ids: int `[B, W]`, a typical prompt.
+            max_new_tokens: tokens generated for the measurement.
+
+        Returns:
+            A `ProfileReport`: milliseconds a round by part, and of one verification by nodes and one draft level by width.
+        """
+        from treespec.report import profile
+
+        return profile(self, input_ids, max_new_tokens)
 
     def reset(self) -> None:
         """Releases the buffers and forgets what was learnt about costs and acceptance."""

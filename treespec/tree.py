@@ -177,6 +177,7 @@ class Growth:
             chain.unsqueeze(1),
         )
         self.frontier = self._zeros
+        self._frontier_scores = self.scores[0]
 
     def expand(self, depth: int, logprobs: torch.Tensor, num_children: int, breadth: torch.Tensor | None = None) -> None:
         """Gives every node of the frontier its likeliest children; children that a lookup had proposed are merged.
@@ -188,9 +189,10 @@ class Growth:
             breadth: int64 `[B, F]` children to keep of each, at most K; None keeps all.
         """
         batch, width, _ = logprobs.shape
+        num_children = min(num_children, logprobs.shape[2])
         values, tokens = logprobs.topk(num_children, dim=-1)
-        frontier_scores = self._gather(self.scores, self.frontier)
-        scores = frontier_scores.unsqueeze(2) + values
+        # a place of the frontier that is not to be expanded has -inf here, whatever its node's score
+        scores = self._frontier_scores.unsqueeze(2) + values
         if breadth is not None:
             rank = torch.arange(num_children, device=values.device)
             scores = scores.masked_fill(rank >= breadth.unsqueeze(2), _EMPTY)
@@ -236,7 +238,8 @@ class Growth:
         else:
             index = index + start
         self.frontier = index
-        return best.masked_fill(best < min_score, _EMPTY)
+        self._frontier_scores = best.masked_fill(best < min_score, _EMPTY)
+        return self._frontier_scores
 
     def enter_rows(self, scores: torch.Tensor, offset: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Gives the frontier the draft rows from `offset` on.
