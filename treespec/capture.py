@@ -278,14 +278,19 @@ class PackedWeights:
         return bool(torch.backends.mkldnn.is_available()) and _linear_pointwise is not None
 
     def accepts(self, x: torch.Tensor, weight: torch.Tensor) -> bool:
-        size = weight.numel() * weight.element_size()
-        return (
+        """Whether `x @ weight.T` can use a packed copy; if so its bytes are set aside."""
+        known, size = id(weight) in self._members, weight.numel() * weight.element_size()
+        fits = (
             x.dtype == weight.dtype
             and weight.dtype in (torch.float32, torch.bfloat16)
             and weight.device.type == "cpu"
             and weight.dim() == 2
-            and (id(weight) in self._members or self.bytes + size <= self.max_bytes)
+            and (known or self.bytes + size <= self.max_bytes)
         )
+        if fits and not known:
+            self._members.add(id(weight))
+            self.bytes += size
+        return fits
 
     def get(self, weights: tuple[torch.Tensor, ...], rows: int) -> torch.Tensor:
         key = tuple(id(weight) for weight in weights)
@@ -293,6 +298,4 @@ class PackedWeights:
             joined = torch.cat(weights) if len(weights) > 1 else weights[0]
             layout = torch.ops.mkldnn._reorder_linear_weight(joined.detach().contiguous(), rows)
             self._packed[key] = (layout, weights)
-            self._members.update(key)
-            self.bytes += joined.numel() * joined.element_size()
         return self._packed[key][0]

@@ -196,6 +196,8 @@ class Engine:
         match_lengths = [max(lengths) for lengths in zip(*(p.match_lengths for p in proposals))]
         if max(match_lengths) > 0:
             continuations = torch.cat([p.continuations for p in proposals], dim=1)
+            # a source may propose anything, even tokens that the target does not have
+            continuations = continuations.masked_fill(continuations >= self.target.vocab_size, -1)
             growth.add_lookups(continuations, *self.policy.lookup_chances(match_lengths))
         return match_lengths
 

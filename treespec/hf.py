@@ -12,13 +12,17 @@ import inspect
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import causal_mask_function
 
 from treespec.cache import LayerSpec, TreeCache
 from treespec.capture import opaque
+from treespec.kernels import ops
 from treespec.kernels.torch_attention import biased_attention, pack_bias
+from treespec.shapes import MAX_NODES
+from treespec.tree import pack_bits
 
 ATTENTION_NAME = "treespec"
 
@@ -33,6 +37,7 @@ class Forward:
         visible: bool `[B, N, offset + N]`, which node rows a token sees besides the whole prefix; None for a causal chain.
         positions: int64 `[B, N]` positions of the tokens.
         node_positions: int64 `[B, offset + N]` positions of all node rows.
+        kernel: attend with the Triton kernel where it can express the layer.
     """
 
     def __init__(
@@ -43,6 +48,7 @@ class Forward:
         visible: torch.Tensor | None,
         positions: torch.Tensor,
         node_positions: torch.Tensor,
+        kernel: bool = False,
     ) -> None:
         self.cache = cache
         self.num_nodes = num_nodes
@@ -51,7 +57,10 @@ class Forward:
         self.positions = positions
         self.node_positions = node_positions
         self.num_slots = max(cache.prefix_lens) + offset + num_nodes
+        # a chain is prefill, where nodes are many and the prefix is short
+        self.kernel = kernel and visible is not None and offset + num_nodes <= MAX_NODES
         self._packed: dict[tuple[int, int], torch.Tensor] = {}
+        self._bits: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     @property
     def sees_everything(self) -> bool:
@@ -73,7 +82,7 @@ class Forward:
         so that windows and chunks mean the same in a tree as in a sequence.
         """
         causal = mask_function is causal_mask_function
-        if causal and self.sees_everything:
+        if causal and (self.kernel or self.sees_everything):
             return None
         prefix_lens, device = self.cache.prefix_lens, self.positions.device
         visible = self.visible
@@ -107,14 +116,17 @@ class Forward:
         scale: float,
         softcap: float | None,
         sinks: torch.Tensor | None,
+        window: int | None = None,
     ) -> torch.Tensor:
         """One layer: `[B, Hq, N, D]` queries over the rows used so far, to `[B, N, Hq, Dv]`."""
+        if self.kernel and (bias is None or window is not None):
+            return self._attend_in_kernel(query, key, value, scale, softcap, sinks, window)
         key, value = key[:, :, : self.num_slots], value[:, :, : self.num_slots]
         q_heads, kv_heads = query.shape[1], key.shape[1]
         if bias is None:
             if softcap is None and sinks is None:
                 rows = query.view(1, kv_heads, q_heads // kv_heads, query.shape[-1])
-                out = torch.nn.functional.scaled_dot_product_attention(rows, key, value, scale=scale)
+                out = F.scaled_dot_product_attention(rows, key, value, scale=scale)
                 return out.reshape(1, 1, q_heads, value.shape[-1])
             packed = query.new_zeros(1, 1, q_heads // kv_heads, self.num_slots)
         else:
@@ -123,6 +135,37 @@ class Forward:
                 self._packed[name] = pack_bias(bias, q_heads, kv_heads)
             packed = self._packed[name]
         return biased_attention(query, key, value, packed, scale=scale, softcap=softcap, sinks=sinks)
+
+
+    def _attend_in_kernel(self, query, key, value, scale, softcap, sinks, window):
+        """The Triton kernel: bits instead of a dense mask, windows by depth; see docs/kernels/tree_attention.md."""
+        bits, prefix_lens, depths = self._kernel_inputs()
+        # the kernel wants a query for every node row, also for those forwarded before
+        query = F.pad(query, (0, 0, self.offset, 0)) if self.offset else query
+        out = ops.tree_attention(
+            query,
+            key,
+            value,
+            bits,
+            prefix_lens,
+            scale=scale,
+            sliding_window=window,
+            depths=depths if window is not None else None,
+            softcap=softcap,
+            sinks=sinks,
+            implementation="triton",
+            check_lengths=False,
+        )
+        return out[:, self.offset :]
+
+    def _kernel_inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if self._bits is None:
+            rows = self.visible.shape[2]
+            visible = torch.eye(rows, dtype=torch.bool, device=self.visible.device).repeat(len(self.visible), 1, 1)
+            visible[:, self.offset :] = self.visible
+            prefix_lens = torch.tensor(self.cache.prefix_lens, device=self.visible.device)
+            self._bits = (pack_bits(visible), prefix_lens, self.node_positions - prefix_lens[:, None])
+        return self._bits
 
 
 _current: Forward | None = None
@@ -171,10 +214,20 @@ def _bias(*args):
 
 
 def _tree_attention(
-    module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, dropout=0.0, **_
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling=None,
+    softcap=None,
+    s_aux=None,
+    sliding_window=None,
+    dropout=0.0,
+    **_,
 ):
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return opaque(_attend, query, key, value, attention_mask, scale, softcap, s_aux), None
+    return opaque(_attend, query, key, value, attention_mask, scale, softcap, s_aux, sliding_window), None
 
 
 def _tree_mask(*_, mask_function=causal_mask_function, dtype=torch.float32, config=None, **__):

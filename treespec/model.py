@@ -8,6 +8,7 @@ from transformers import DynamicCache, PreTrainedModel
 from treespec import hf
 from treespec.cache import TreeCache
 from treespec.capture import PackedWeights, Recorder, RecordingRefused, compile_recording, pack_linears
+from treespec.kernels import ops
 
 # Largest share by which a tree's logits may differ from a sequence's at attachment, in units of the logits' spread.
 _PROBE_TOLERANCE = {torch.float32: 0.01, torch.float64: 0.01}
@@ -27,13 +28,14 @@ class TreeModel:
         model: a decoder-only causal LM of transformers.
         role: "target" or "draft"; names the argument in errors.
         record: record forwards on a CPU (docs/design/002-recorded-forwards.md).
+        attention: "triton", "torch", or "auto" for Triton on a GPU where it can run.
 
     Raises:
         TypeError: if `model` is no transformers model.
         NotImplementedError: if its type cannot verify a tree; the message says why.
     """
 
-    def __init__(self, model: PreTrainedModel, role: str, record: bool = True) -> None:
+    def __init__(self, model: PreTrainedModel, role: str, record: bool = True, attention: str = "auto") -> None:
         self.model = model
         self.role = role
         self.config = model.config.get_text_config(decoder=True)
@@ -41,6 +43,7 @@ class TreeModel:
         self._check_kind()
         self.vocab_size = int(self.config.vocab_size)
         self.position_limit = _position_limit(self.config)
+        self.kernel, self.attention_reason = _attention_path(self.device, attention)
         self.cache: TreeCache | None = None
         self.recording_reason = self._recording_obstacle() if record else "turned off by capture=False"
         self._recordings: dict[tuple, _Recording] = {}
@@ -259,7 +262,13 @@ class TreeModel:
         if self.position_limit:
             positions = positions.clamp_max(self.position_limit - 1)
         call = hf.Forward(
-            self.cache, num_nodes, offset, visible, positions, positions if node_positions is None else node_positions
+            self.cache,
+            num_nodes,
+            offset,
+            visible,
+            positions,
+            positions if node_positions is None else node_positions,
+            self.kernel,
         )
         if call.num_slots > self.cache.capacity:
             raise RuntimeError(f"{self.role}: {call.num_slots} rows needed, {self.cache.capacity} allocated")
@@ -330,6 +339,23 @@ def _spread_error(logits: torch.Tensor, expected: torch.Tensor) -> float:
     difference = (logits.float() - expected).flatten(0, -2)
     spread = expected.flatten(0, -2).std(-1).clamp_min(1e-6)
     return float((difference.square().mean(-1).sqrt() / spread).max())
+
+
+def _attention_path(device: torch.device, attention: str) -> tuple[bool, str]:
+    """Whether the Triton kernel attends, and why or why not.
+
+    Raises:
+        ValueError: if Triton was asked for and cannot run.
+    """
+    if attention == "torch":
+        return False, "asked for"
+    runs, reason = ops.triton_status(device)
+    if attention == "triton":
+        if not runs:
+            raise ValueError(f'attention="triton" cannot run here: {reason}; use "auto" or "torch"')
+        return True, "asked for"
+    # the interpreter can run kernels on a CPU, but only for tests
+    return runs and device.type == "cuda", reason
 
 
 def _position_limit(config) -> int | None:

@@ -93,7 +93,11 @@ def _model_line(model: TreeModel) -> str:
 
 def _attention_line(model: TreeModel) -> str:
     if model.route == "interface":
-        return "PyTorch, through transformers' attention interface, switched on for tree forwards only"
+        path = "Triton kernel" if model.kernel else "PyTorch"
+        return (
+            f"{path} ({model.attention_reason}), through transformers' attention interface, "
+            "switched on for tree forwards only"
+        )
     return "the model's own, with a dense mask, because its attention function cannot be replaced"
 
 

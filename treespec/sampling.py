@@ -91,6 +91,7 @@ class TokenPicker:
         self.processors = processors
         self.do_sample = do_sample
         self.rule = rule
+        self.vocab_size = vocab_size
         self.noise = CoupledNoise(seed, row_ids, vocab_size, device) if do_sample else None
         self._draft_processors = [p for p in processors if type(p) in _DRAFT_PROCESSORS]
 
@@ -133,7 +134,8 @@ class TokenPicker:
         Returns:
             float32 `[B, F, V]`.
         """
-        scores = logits.float()
+        # a draft's vocabulary may be padded further than the target's
+        scores = logits[..., : self.vocab_size].float()
         if self._draft_processors:
             flat = scores.flatten(0, 1)
             for processor in self._draft_processors:
@@ -141,7 +143,7 @@ class TokenPicker:
             scores = flat.view_as(scores)
         if self.noise is not None and self.rule == "coupled":
             noise = self.noise.level(positions)[..., : scores.shape[-1]]
-            scores = (scores[..., : noise.shape[-1]] + noise) * _COUPLED_SHARPNESS
+            scores = (scores + noise) * _COUPLED_SHARPNESS
         return torch.log_softmax(scores, dim=-1)
 
     def drop_row(self, row: int) -> None:

@@ -43,7 +43,7 @@ class TreeSpeculator:
         tokenizer: needed for `stop_strings` and for text prompts.
         sampling: "coupled" (same seed, same text, with or without speculation) or "target_only" (the same text, but the
             draft does not know the noise; for comparison).
-        attention: "auto" or "torch".
+        attention: "triton" (an error where it cannot run), "torch", or "auto": Triton on a GPU, PyTorch elsewhere.
         cuda_graphs: "auto" or False.
         capture: "auto" records small forwards on a CPU as straight lines of ATen calls; False turns that off.
 
@@ -70,8 +70,6 @@ class TreeSpeculator:
         checks.option("cuda_graphs", cuda_graphs, ("auto", True, False))
         checks.option("capture", capture, ("auto", True, False))
         checks.causal_lm("target", target)
-        if attention == "triton":
-            raise NotImplementedError('attention="triton" is not wired into the engine yet; use "auto" or "torch"')
         if cuda_graphs is True:
             raise NotImplementedError('cuda_graphs=True is not available yet; use "auto" or False')
         parts = checks.draft_parts(draft, target)
@@ -79,12 +77,12 @@ class TreeSpeculator:
         self.tokenizer = tokenizer
         self.sampling = sampling
         record = capture is not False
-        self._target = TreeModel(target, "target", record)
+        self._target = TreeModel(target, "target", record, attention)
         self._model = None
         lookups: list[OneShotSource] = []
         for part in parts:
             if isinstance(part, PreTrainedModel):
-                self._model = TreeModel(part, "draft", record)
+                self._model = TreeModel(part, "draft", record, attention)
             elif isinstance(part, str):
                 lookups.append(NgramSource())
             else:
@@ -377,10 +375,11 @@ class TreeSpeculator:
         # a repeating prompt makes lookups and wide trees occur
         pattern = torch.arange(max_length - new_tokens) % 7 % self._target.vocab_size
         for batch in sizes:
-            self.generate(
-                pattern.repeat(batch, 1), torch.ones(batch, len(pattern)), max_new_tokens=new_tokens, do_sample=False,
-                eos_token_id=-1,
-            )
+            ids = pattern.repeat(batch, 1)
+            request, _ = self._prepare(ids, None, None, None, {"max_new_tokens": new_tokens, "do_sample": False})
+            request.eos_ids = frozenset()
+            for _ in self._engine.run(request):
+                pass
 
     def profile(self, input_ids: torch.Tensor, max_new_tokens: int = 64) -> ProfileReport:
         """Measures where the time of a round goes on this machine, for this prompt.

@@ -82,6 +82,13 @@ def ancestor_matrix(parents: torch.Tensor, max_depth: int) -> torch.Tensor:
     return reach > 0
 
 
+def pack_bits(visible: torch.Tensor) -> torch.Tensor:
+    """Bool `[B, N, T]` as int32 words `[B, N, ceil(T/32)]`; bit j % 32 of word j // 32 is column j."""
+    words = F.pad(visible, (0, -visible.shape[2] % 32)).unflatten(2, (-1, 32)).long()
+    packed = (words << torch.arange(32, device=visible.device)).sum(-1)
+    return torch.where(packed >= 1 << 31, packed - (1 << 32), packed).to(torch.int32)
+
+
 # How much an occurrence counts among several, the likelier first.
 _VOTES = (0.4, 0.25, 0.2, 0.15)
 
