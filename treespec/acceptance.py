@@ -7,6 +7,7 @@ works unchanged, and logits of nodes off the path are never looked at. The picks
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,10 +19,14 @@ from treespec.tree import Tree
 
 @dataclass
 class RowVerdict:
-    """One row's outcome: `path` of nodes from the root on, `tokens` picked (the last is the bonus token)."""
+    """One row's outcome: `path` of nodes from the root on, `tokens` picked (the last is the bonus token).
+
+    `ended` says that the last token met the row's stopping rule.
+    """
 
     path: list[int]
     tokens: list[int]
+    ended: bool = False
     scores: list[torch.Tensor] = field(default_factory=list)
     logits: list[torch.Tensor] = field(default_factory=list)
 
@@ -35,6 +40,7 @@ def walk(
     length: int,
     position: int,
     max_tokens: int,
+    ends: Callable[[int, torch.Tensor], bool],
     keep_scores: bool = False,
 ) -> RowVerdict:
     """Follows the target's tokens down one row's tree.
@@ -48,6 +54,7 @@ def walk(
         length: tokens of `ids` that are committed, the root among them.
         position: unpadded position of the token after the root.
         max_tokens: most tokens to pick.
+        ends: `(token, ids [1, L]) -> bool`, whether the row ends with `token`, the last of `ids`.
         keep_scores: keep scores and logits of every pick.
     """
     tokens, parents = tree.tokens[row].numpy(force=True), tree.parents[row].numpy(force=True)
@@ -60,7 +67,11 @@ def walk(
         if keep_scores:
             verdict.scores.append(scores.to(torch.float32, copy=True))
             verdict.logits.append(logits[node][None].to(torch.float32, copy=True))
+        # asked at once: processors and stopping rules must not see what plain decoding would not have written
+        verdict.ended = ends(token, ids[:, : length + step + 1])
+        if verdict.ended or step + 1 >= max_tokens:
+            return verdict
         children = np.flatnonzero((parents == node) & (tokens == token))
-        if len(children) == 0 or step + 1 >= max_tokens:
+        if len(children) == 0:
             return verdict
         verdict.path.append(int(children[0]))

@@ -129,10 +129,9 @@ class AutoPolicy(Policy):
         if not self.with_model:
             return False
         covered = 0.0
-        if len(lookup_scores) > 1:
+        if lookup_scores.shape[1]:
             # what lookups are expected to bring without the draft, held against what the draft usually brings
-            expected = lookup_scores[1].exp().sum(1)
-            covered = float(expected.mean())
+            covered = float(lookup_scores.exp().sum(1).mean())
         gain = self.draft_gain.value - min(covered, self.draft_gain.value) if covered else self.draft_gain.value
         cost = None
         if self.root_ms.value is not None:

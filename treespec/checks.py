@@ -192,7 +192,6 @@ def generation_config(config: GenerationConfig) -> None:
 
 def stop_strings(given: Any, kwargs: dict, defaults: GenerationConfig, tokenizer: Any) -> list[str] | None:
     """The stop strings of a call, wherever they were given."""
-    tokenizer = kwargs.pop("tokenizer", None) or tokenizer
     config = kwargs.get("generation_config") or defaults
     strings = given if given is not None else getattr(config, "stop_strings", None)
     if strings is None:

@@ -46,6 +46,11 @@ class Request:
     pad_id: int = 0
     keep_scores: bool = False
 
+    def ends(self, token: int, ids: torch.Tensor) -> bool:
+        """Whether a row with the tokens `ids` `[1, L]` ends with the last of them, `token`."""
+        stopped = self.stop is not None and self.stop(ids)
+        return stopped or token in self.eos_ids
+
 
 @dataclass
 class Row:
@@ -81,21 +86,25 @@ class Engine:
         The rows' results are in `self.rows` when the iterator is exhausted, and hold what was yielded if it is closed early.
         """
         started = time.perf_counter()
-        self.stats = SpeculationStats(per_row=[RowStats() for _ in request.prompts])
+        stats = self.stats = SpeculationStats(per_row=[RowStats() for _ in request.prompts])
         self.rows = [Row(index) for index in range(len(request.prompts))]
+        self._request = request
         try:
             with torch.inference_mode():
                 self._begin(request)
-            self.stats.prefill_ms = 1e3 * (time.perf_counter() - started)
+            stats.prefill_ms = 1e3 * (time.perf_counter() - started)
             while self._active:
                 with torch.inference_mode():
                     news = self._round(request)
-                self.stats.total_ms = 1e3 * (time.perf_counter() - started)
+                stats.total_ms = 1e3 * (time.perf_counter() - started)
                 yield news
+                if self._request is not request:
+                    raise RuntimeError("another call has taken this speculator over; close a stream before the next call")
         finally:
-            self.stats.total_ms = 1e3 * (time.perf_counter() - started)
-            for source in self.sources:
-                source.end()
+            if self._request is request:
+                stats.total_ms = 1e3 * (time.perf_counter() - started)
+                for source in self.sources:
+                    source.end()
 
     # --- state --------------------------------------------------------------------------------------------------
 
@@ -153,7 +162,7 @@ class Engine:
         verdicts = [
             walk(
                 logits[row], tree, row, request.picker, self._ids[row : row + 1],
-                self._lens[row] + self._pads[row], self._lens[row], budgets[row], request.keep_scores,
+                self._lens[row] + self._pads[row], self._lens[row], budgets[row], request.ends, request.keep_scores,
             )
             for row in range(len(self._active))
         ]
@@ -184,7 +193,7 @@ class Engine:
         growth = Growth(roots)
         match_lengths = self._add_lookups(growth, sequences, depth)
         levels = 0
-        if self.drafts and self.policy.wants_draft(growth.scores):
+        if self.drafts and self.policy.wants_draft(growth.lookup_scores()):
             levels = self._grow_levels(growth, sequences, picker, depth)
         tree = growth.select(self.policy.nodes_to_verify(growth.all_scores()), depth)
         return tree, match_lengths, levels
@@ -207,13 +216,13 @@ class Engine:
         growth.begin_levels(offset + self.policy.max_rows, root_row, chain)
         for level in range(depth):
             logprobs = picker.rank(logits, [length + level for length in self._lens])
-            growth.expand(level + 1, logprobs, *self.policy.children(level, logprobs))
+            growth.expand(logprobs, *self.policy.children(level, logprobs))
             if level + 1 == depth:
                 break
             scores = growth.choose_frontier(level + 1, *self.policy.frontier(level + 1))
             if not self.policy.worth_expanding(scores):
                 break
-            tokens, visible = growth.enter_rows(scores, offset)
+            tokens, visible = growth.enter_rows(offset)
             logits = source.level_logits(tokens, level + 1, visible, offset)
             offset += tokens.shape[1]
         return level + 1
@@ -225,22 +234,22 @@ class Engine:
     def _commit(
         self, request: Request, tree: Tree, verdicts: list[RowVerdict]
     ) -> list[tuple[int, list[int]]]:
-        """Cuts every row at its first stop, keeps the path's key-value rows, and writes the tokens down."""
+        """Keeps the paths' key-value rows and writes the tokens down."""
         news = []
         draft_paths = []
         for row, (state, verdict) in enumerate(zip(self._active, verdicts)):
-            kept = self._until_stop(request, row, state, verdict.tokens)
-            tokens = verdict.tokens[:kept]
+            tokens, kept = verdict.tokens, len(verdict.tokens)
             state.new_tokens += tokens
-            state.scores += verdict.scores[:kept]
-            state.logits += verdict.logits[:kept]
+            state.scores += verdict.scores
+            state.logits += verdict.logits
+            state.finished = verdict.ended or len(state.new_tokens) >= request.max_new_tokens
             length = self._lens[row]
             self._tokens[row, length : length + kept] = torch.tensor(tokens, device=self._tokens.device)
             self._lens[row] = length + kept
             share = self.stats.per_row[state.index]
             share.rounds += 1
             share.new_tokens += kept
-            share.accepted += min(kept, len(verdict.path) - 1)
+            share.accepted += len(verdict.path) - 1
             news.append((state.index, tokens))
             draft_paths.append(self._draft_path(tree, row, verdict.path))
         self.target.cache.commit([verdict.path for verdict in verdicts])
@@ -257,18 +266,6 @@ class Engine:
             return []
         rows = tree.draft_rows[row, path[1:]].tolist()
         return rows[: rows.index(-1)] if -1 in rows else rows
-
-    def _until_stop(self, request: Request, row: int, state: Row, tokens: list[int]) -> int:
-        """How many of the picked tokens stand, and whether the row is finished."""
-        start = self._lens[row] + self._pads[row]
-        for count, token in enumerate(tokens, 1):
-            stopped = token in request.eos_ids
-            if request.stop is not None and not stopped:
-                stopped = request.stop(self._ids[row : row + 1, : start + count])
-            if stopped or len(state.new_tokens) + count >= request.max_new_tokens:
-                state.finished = True
-                return count
-        return len(tokens)
 
     def _count(self, outcome: Outcome, commit_ms: float) -> None:
         stats = self.stats

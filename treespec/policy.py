@@ -53,8 +53,8 @@ class Policy:
     def wants_lookup(self) -> bool:
         return self.lookup_length > 0
 
-    def wants_draft(self, lookup_scores: list[torch.Tensor]) -> bool:
-        """Whether the draft model is asked this round, given the scores of what lookups proposed (`[root, lookups]`)."""
+    def wants_draft(self, lookup_scores: torch.Tensor) -> bool:
+        """Whether the draft model is asked this round, given the scores `[B, M * L]` of what lookups proposed."""
         return self.max_depth > 0
 
     def children(self, depth: int, logprobs: torch.Tensor) -> tuple[int, torch.Tensor | None]:

@@ -7,8 +7,10 @@ more often than independent draws would (Daliri et al., 2408.07978). See docs/co
 
 from __future__ import annotations
 
+import copy
+
 import torch
-from transformers import LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import logits_process
 
 from treespec.kernels import ops
@@ -20,6 +22,8 @@ _DRAFT_PROCESSORS = tuple(
     getattr(logits_process, name)
     for name in ("TemperatureLogitsWarper", "TopKLogitsWarper", "MinPLogitsWarper", "SuppressTokensLogitsProcessor")
 )
+# What processors of transformers hold of every row of a batch.
+_ROW_STATE = ("prompt_ignore_length", "encoder_input_ids", "generated_ngrams")
 # Noise decides most between near ties, so a draft's probability after noise is sharper than before (docs/design/003).
 _COUPLED_SHARPNESS = 1.5
 _NOISE_BLOCK = 32
@@ -65,6 +69,22 @@ class CoupledNoise:
         self.row_ids.pop()
 
 
+def processor_of_row(processor: LogitsProcessor, row: int) -> LogitsProcessor:
+    """A processor as one row needs it: without the other rows' share of what it holds of a batch."""
+    held = {name: value[row : row + 1] for name in _ROW_STATE if (value := _batched(processor, name)) is not None}
+    # SynthID makes its state of a batch at its first call
+    if not held and not hasattr(processor, "_init_state"):
+        return processor
+    own = copy.copy(processor)
+    vars(own).update(held, batch_size=1)
+    return own
+
+
+def _batched(processor: LogitsProcessor, name: str) -> torch.Tensor | list | None:
+    value = getattr(processor, name, None)
+    return value if isinstance(value, (torch.Tensor, list)) else None
+
+
 class TokenPicker:
     """The target's choice of a token and the drafts' ranking of theirs.
 
@@ -88,7 +108,7 @@ class TokenPicker:
         device: torch.device,
         rule: str = "coupled",
     ) -> None:
-        self.processors = processors
+        self._processors = [LogitsProcessorList(processor_of_row(p, row) for p in processors) for row in row_ids]
         self.do_sample = do_sample
         self.rule = rule
         self.vocab_size = vocab_size
@@ -111,12 +131,12 @@ class TokenPicker:
             ValueError: if no token can be picked because scores are NaN or all -inf.
         """
         scores = logits[None]
-        if self.processors:
+        if self._processors[row]:
             # a copy: processors may write in place
-            scores = self.processors(ids, scores.to(torch.float32, copy=True))
+            scores = self._processors[row](ids, scores.to(torch.float32, copy=True))
         chosen = scores if self.noise is None else scores + self.noise.at(row, position)
-        token = int(chosen.argmax(-1))
-        best = float(chosen[0, token])
+        value, index = chosen.max(-1)
+        token, best = int(index), float(value)
         if best != best or best == float("-inf"):
             raise ValueError(
                 f"target: no token can be picked at position {position}: its scores are "
@@ -147,5 +167,7 @@ class TokenPicker:
         return torch.log_softmax(scores, dim=-1)
 
     def drop_row(self, row: int) -> None:
+        self._processors[row] = self._processors[-1]
+        self._processors.pop()
         if self.noise is not None:
             self.noise.drop_row(row)

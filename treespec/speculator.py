@@ -195,18 +195,26 @@ class TreeSpeculator:
         logits_processor=None,
         stopping_criteria=None,
         generation_config=None,
-        attention_mask: torch.Tensor | None = None,
+        *,
         seed: int | torch.Generator | None = None,
         **model_kwargs: Any,
     ):
-        """What `target.generate(..., custom_generate=spec)` calls."""
+        """What `target.generate(..., custom_generate=spec)` calls.
+
+        An argument named here that `generate` prepares too, such as `attention_mask`, would be passed twice.
+        """
         if model is not self.target:
             raise ValueError("custom_generate must be called on the target this speculator was made for")
         past = model_kwargs.get("past_key_values")
         if past is not None and past.get_seq_length() > 0:
             raise NotImplementedError("past_key_values: a filled cache cannot be continued")
         request = self._request(
-            input_ids, attention_mask, logits_processor, stopping_criteria, generation_config, seed
+            input_ids,
+            model_kwargs.get("attention_mask"),
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            seed,
         )
         return self._run(request, generation_config, None)
 
@@ -217,10 +225,11 @@ class TreeSpeculator:
         checks.seed(seed)
         checks.generate_options(kwargs, self.target.generation_config)
         input_ids = input_ids.to(self._target.device, torch.long)
-        stop_strings = checks.stop_strings(stop_strings, kwargs, self.target.generation_config, self.tokenizer)
+        tokenizer = kwargs.pop("tokenizer", None) or self.tokenizer
+        stop_strings = checks.stop_strings(stop_strings, kwargs, self.target.generation_config, tokenizer)
         if stop_strings is not None:
             criteria = StoppingCriteriaList(kwargs.pop("stopping_criteria", None) or [])
-            criteria.append(StopStringCriteria(self.tokenizer, stop_strings))
+            criteria.append(StopStringCriteria(tokenizer, stop_strings))
             kwargs["stopping_criteria"] = criteria
         kept: dict[str, Any] = {}
 
@@ -278,7 +287,8 @@ class TreeSpeculator:
             max_new_tokens=budget,
             picker=picker,
             eos_ids=checks.eos_ids(criteria),
-            stop=(lambda ids: any(bool(c(ids, None).all()) for c in stop)) if stop else None,
+            # every criterion is asked, also after one has said yes: they may keep count
+            stop=(lambda ids: any([bool(torch.as_tensor(c(ids, None)).all()) for c in stop])) if stop else None,
             pad_id=config.pad_token_id if config.pad_token_id is not None else 0,
             keep_scores=bool(config.return_dict_in_generate and (config.output_scores or config.output_logits)),
         )

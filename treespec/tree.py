@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 _EMPTY = float("-inf")
+_POOL = 512
 
 
 @dataclass
@@ -115,12 +116,12 @@ def merge_continuations(continuations: torch.Tensor) -> tuple[torch.Tensor, torc
     parents = torch.cat([torch.full((batch, num, 1), -1, device=device), place[..., :-1]], dim=2)
     votes = torch.tensor([_VOTES[min(k, len(_VOTES) - 1)] for k in range(num)], device=device)
     total = (votes * known[..., 0]).sum(1).clamp_min_(1e-9)
-    share = torch.einsum("bmnl,n->bml", same.to(votes.dtype), votes) / total.view(batch, 1, 1)
+    share = (same * votes.view(-1, 1)).sum(2) / total.view(batch, 1, 1)
     return parents, fresh, share
 
 
 class Growth:
-    """Candidate nodes of one round.
+    """Candidate nodes of one round, in one pool per row; node 0 is the root.
 
     Args:
         root_tokens: int64 `[B]`, the last committed token of every row.
@@ -128,17 +129,39 @@ class Growth:
 
     def __init__(self, root_tokens: torch.Tensor) -> None:
         batch, device = root_tokens.shape[0], root_tokens.device
-        zeros = torch.zeros(batch, 1, dtype=torch.long, device=device)
-        self.tokens = [root_tokens.view(batch, 1)]
-        self.parents = [zeros - 1]
-        self.depths = [0]
-        self.scores = [torch.zeros(batch, 1, device=device)]
+        self.tokens = torch.zeros(batch, _POOL, dtype=torch.long, device=device)
+        self.tokens[:, 0] = root_tokens
+        self.parents = torch.full((batch, _POOL), -1, dtype=torch.long, device=device)
+        self.scores = torch.zeros(batch, _POOL, device=device)
         self.count = 1
         self.num_lookups = 0
-        self._sizes = [1]
-        self._zeros = zeros
+        self._level_start = 1
+        self.frontier = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        self._frontier_scores = self.scores[:, :1]
         self._draft_rows: torch.Tensor | None = None
         self._draft_visible: torch.Tensor | None = None
+
+    def all_scores(self) -> torch.Tensor:
+        """float32 `[B, C]` cumulative log-probabilities of all candidates, -inf for empty places."""
+        return self.scores[:, : self.count]
+
+    def lookup_scores(self) -> torch.Tensor:
+        """Those of the looked-up nodes, `[B, M * L]`; no column without lookups."""
+        return self.scores[:, 1 : 1 + self.num_lookups]
+
+    def _append(self, tokens: torch.Tensor, parents: torch.Tensor, scores: torch.Tensor) -> None:
+        end = self.count + tokens.shape[1]
+        while end > self.tokens.shape[1]:
+            more = (0, self.tokens.shape[1])
+            self.tokens, self.scores = F.pad(self.tokens, more), F.pad(self.scores, more)
+            self.parents = F.pad(self.parents, more, value=-1)
+            if self._draft_rows is not None:
+                self._draft_rows = F.pad(self._draft_rows, more, value=-1)
+        place = slice(self.count, end)
+        self.tokens[:, place] = tokens
+        self.parents[:, place] = parents
+        self.scores[:, place] = scores
+        self._level_start, self.count = self.count, end
 
     # --- lookups ------------------------------------------------------------------------------------------------
 
@@ -153,16 +176,13 @@ class Growth:
         batch, num, length = continuations.shape
         device = continuations.device
         parents, fresh, share = merge_continuations(continuations)
-        chances = torch.tensor([first, later], device=device).clamp_min_(1e-9).log_().view(2, batch, 1, 1)
         steps = torch.arange(length, device=device)
-        scores = (share.log() + chances[0] + steps * chances[1]).masked_fill_(~fresh, _EMPTY)
+        chances = torch.tensor([first, later], device=device).clamp_min_(1e-9).view(2, batch, 1, 1)
+        scores = (share * chances[0] * chances[1] ** steps).log_().masked_fill_(~fresh, _EMPTY)
         self.num_lookups = num * length
-        self.tokens.append(continuations.reshape(batch, -1).clamp_min(0))
-        self.parents.append((parents + 1).view(batch, -1))
-        self.scores.append(scores.view(batch, -1))
-        self._sizes.append(self.num_lookups)
-        self._lookup_depths = torch.arange(1, length + 1, device=device).repeat(num)
-        self.count += self.num_lookups
+        self._append(continuations.flatten(1).clamp_min(0), parents.flatten(1) + 1, scores.flatten(1))
+        self._level_start = self.count
+        self._lookup_depths = steps.repeat(num) + 1
 
     # --- levels of a stepwise source ----------------------------------------------------------------------------
 
@@ -175,51 +195,39 @@ class Growth:
             chain: bool `[B, R]`, the rows of this round's first forward that precede or hold the root.
         """
         batch, device = root_row.shape[0], root_row.device
-        self._draft_rows = torch.full((batch, self.count), -1, dtype=torch.long, device=device)
+        self._draft_rows = torch.full(self.tokens.shape, -1, dtype=torch.long, device=device)
         self._draft_rows[:, 0] = root_row
         self._draft_visible = torch.zeros(batch, max_rows, max_rows, dtype=torch.bool, device=device)
-        self._draft_visible.scatter_(
-            1,
-            root_row.view(batch, 1, 1).expand(-1, 1, chain.shape[1]),
-            chain.unsqueeze(1),
-        )
-        self.frontier = self._zeros
-        self._frontier_scores = self.scores[0]
+        index = root_row.view(batch, 1, 1).expand(-1, 1, chain.shape[1])
+        self._draft_visible.scatter_(1, index, chain.unsqueeze(1))
 
-    def expand(self, depth: int, logprobs: torch.Tensor, num_children: int, breadth: torch.Tensor | None = None) -> None:
+    def expand(self, logprobs: torch.Tensor, num_children: int, breadth: torch.Tensor | None = None) -> None:
         """Gives every node of the frontier its likeliest children; children that a lookup had proposed are merged.
 
         Args:
-            depth: of the children.
             logprobs: float32 `[B, F, V]` of the frontier.
             num_children: children of each, K.
             breadth: int64 `[B, F]` children to keep of each, at most K; None keeps all.
         """
-        batch, width, _ = logprobs.shape
-        num_children = min(num_children, logprobs.shape[2])
-        values, tokens = logprobs.topk(num_children, dim=-1)
-        # a place of the frontier that is not to be expanded has -inf here, whatever its node's score
-        scores = self._frontier_scores.unsqueeze(2) + values
+        values, tokens = logprobs.topk(min(num_children, logprobs.shape[-1]), dim=-1)
+        scores = values.add_(self._frontier_scores.unsqueeze(2))
         if breadth is not None:
-            rank = torch.arange(num_children, device=values.device)
-            scores = scores.masked_fill(rank >= breadth.unsqueeze(2), _EMPTY)
-        scores, tokens = scores.view(batch, -1), tokens.view(batch, -1)
-        parents = self.frontier.repeat_interleave(num_children, dim=1)
+            rank = torch.arange(values.shape[2], device=values.device)
+            scores = scores.masked_fill_(rank >= breadth.unsqueeze(2), _EMPTY)
+        parents = self.frontier.unsqueeze(2).expand_as(tokens).flatten(1)
+        tokens, scores = tokens.flatten(1), scores.flatten(1)
         if self.num_lookups:
             scores = self._merge_with_lookups(tokens, parents, scores)
-        self.tokens.append(tokens)
-        self.parents.append(parents)
-        self.scores.append(scores)
-        self._sizes.append(tokens.shape[1])
-        self.count += tokens.shape[1]
+        self._append(tokens, parents, scores)
 
     def _merge_with_lookups(self, tokens: torch.Tensor, parents: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Where a new child repeats a lookup's node, that node takes the better score and the child vanishes."""
-        known = self.scores[1] > _EMPTY
-        same = (tokens.unsqueeze(2) == self.tokens[1].unsqueeze(1)) & known.unsqueeze(1)
-        same &= parents.unsqueeze(2) == self.parents[1].unsqueeze(1)
+        place = slice(1, 1 + self.num_lookups)
+        known = self.scores[:, place]
+        same = (tokens.unsqueeze(2) == self.tokens[:, place].unsqueeze(1)) & (known > _EMPTY).unsqueeze(1)
+        same &= parents.unsqueeze(2) == self.parents[:, place].unsqueeze(1)
         better = torch.where(same, scores.unsqueeze(2), _EMPTY).amax(1)
-        self.scores[1] = torch.maximum(self.scores[1], better)
+        torch.maximum(known, better, out=known)
         return scores.masked_fill(same.any(2), _EMPTY)
 
     def choose_frontier(self, depth: int, width: int, min_score: float) -> torch.Tensor:
@@ -233,22 +241,20 @@ class Growth:
         Returns:
             float32 `[B, F]` scores, -inf where there is no node; the nodes are `frontier`.
         """
-        start = self.count - self._sizes[-1]
-        scores = self.scores[-1]
+        scores, shift = self.scores[:, self._level_start : self.count], self._level_start
         if self.num_lookups:
-            parent_rows = self._draft_rows.gather(1, self.parents[1])
-            eligible = (self._lookup_depths == depth) & (parent_rows >= 0)
-            scores = torch.cat([self.scores[1].masked_fill(~eligible, _EMPTY), scores], dim=1)
+            parent_rows = self._draft_rows.gather(1, self.parents[:, 1 : 1 + self.num_lookups])
+            hidden = (self._lookup_depths != depth) | (parent_rows < 0)
+            scores = torch.cat([self.lookup_scores().masked_fill(hidden, _EMPTY), scores], dim=1)
+            shift -= self.num_lookups
         best, index = scores.topk(min(width, scores.shape[1]), dim=1)
         if self.num_lookups:
-            index = torch.where(index < self.num_lookups, index + 1, index - self.num_lookups + start)
-        else:
-            index = index + start
-        self.frontier = index
-        self._frontier_scores = best.masked_fill(best < min_score, _EMPTY)
+            shift = torch.where(index < self.num_lookups, 1, shift)
+        self.frontier = index + shift
+        self._frontier_scores = best.masked_fill_(best < min_score, _EMPTY)
         return self._frontier_scores
 
-    def enter_rows(self, scores: torch.Tensor, offset: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def enter_rows(self, offset: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Gives the frontier the draft rows from `offset` on.
 
         Returns:
@@ -256,26 +262,16 @@ class Growth:
             visible: bool `[B, F, offset + F]` for the draft's forward.
         """
         batch, width = self.frontier.shape
-        device = self.frontier.device
-        rows = torch.arange(offset, offset + width, device=device).expand(batch, -1)
-        self._draft_rows = F.pad(self._draft_rows, (0, self.count - self._draft_rows.shape[1]), value=-1)
-        tokens = self._gather(self.tokens, self.frontier)
-        parents = self._gather(self.parents, self.frontier)
-        parent_rows = self._draft_rows.gather(1, parents).clamp_min(0)
-        self._draft_rows.scatter_(1, self.frontier, torch.where(scores > _EMPTY, rows, -1))
-        size = self._draft_visible.shape[2]
+        rows = torch.arange(offset, offset + width, device=self.frontier.device).expand(batch, -1)
+        parent_rows = self._draft_rows.gather(1, self.parents.gather(1, self.frontier)).clamp_min_(0)
+        self._draft_rows.scatter_(1, self.frontier, rows.masked_fill(self._frontier_scores == _EMPTY, -1))
+        size = offset + width
         visible = self._draft_visible.gather(1, parent_rows.unsqueeze(2).expand(-1, -1, size))
         visible.scatter_(2, rows.unsqueeze(2), True)
-        self._draft_visible[:, offset : offset + width] = visible
-        return tokens, visible[:, :, : offset + width]
+        self._draft_visible[:, offset:size, :size] = visible
+        return self.tokens.gather(1, self.frontier), visible
 
     # --- selection ----------------------------------------------------------------------------------------------
-
-    def all_scores(self) -> torch.Tensor:
-        return torch.cat(self.scores, dim=1)
-
-    def _gather(self, blocks: list[torch.Tensor], index: torch.Tensor) -> torch.Tensor:
-        return torch.cat(blocks, dim=1).gather(1, index)
 
     def select(self, max_nodes: int, max_depth: int) -> Tree:
         """The best `max_nodes` candidates, root included, as a tree; its width is rounded up to a common size.
@@ -283,44 +279,37 @@ class Growth:
         A child is never likelier than its parent and never before it, so the best of a stable order are closed
         under ancestors.
         """
-        scores = self.all_scores()
-        batch, total = scores.shape
+        scores, total = self.all_scores(), self.count
         if total > max_nodes:
-            order = scores.sort(dim=1, descending=True, stable=True).indices[:, :max_nodes]
-            kept = order.sort(dim=1).values
-            scores = scores.gather(1, kept)
+            chosen = scores.sort(dim=1, descending=True, stable=True).indices[:, :max_nodes]
         else:
-            kept = torch.arange(total, device=scores.device).expand(batch, -1)
-        present = scores > _EMPTY
+            chosen = torch.arange(total, device=scores.device).expand(len(scores), -1)
+        present = scores.gather(1, chosen) > _EMPTY
         num_nodes = present.sum(1)
-        # empty places to the end, the others in their order
-        front = (~present).to(torch.int8).sort(dim=1, stable=True).indices
         limit = int(num_nodes.max())
-        kept = kept.gather(1, front)[:, :limit]
-        present = present.gather(1, front)[:, :limit]
-        new_place = torch.zeros(batch, total, dtype=torch.long, device=scores.device)
-        new_place.scatter_(1, kept, torch.arange(limit, device=scores.device).expand(batch, -1))
-        parents = self._gather(self.parents, kept)
-        parents = torch.where(present, new_place.gather(1, parents.clamp_min(0)), -1)
+        # in the pool's order parents come first; empty places go to the end
+        kept = chosen.masked_fill(~present, total).sort(dim=1).values[:, :limit]
+        absent = kept == total
+        place = torch.zeros(len(scores), total + 1, dtype=torch.long, device=scores.device)
+        place.scatter_(1, kept, torch.arange(limit, device=scores.device).expand(len(scores), -1))
+        kept = kept.clamp_max_(total - 1)
+        parents = place.gather(1, self.parents.gather(1, kept).clamp_min_(0)).masked_fill_(absent, -1)
         parents[:, 0] = -1
-        padding = round_up_nodes(limit) - limit
-        parents = F.pad(parents, (0, padding), value=-1)
+        padding = (0, round_up_nodes(limit) - limit)
+        parents = F.pad(parents, padding, value=-1)
         visible = ancestor_matrix(parents, max_depth)
-        draft_rows = None
+        draft_rows = lookup = None
         if self._draft_rows is not None:
-            grown = F.pad(self._draft_rows, (0, total - self._draft_rows.shape[1]), value=-1)
-            draft_rows = grown.gather(1, kept).masked_fill_(~present, -1)
-            draft_rows = F.pad(draft_rows, (0, padding), value=-1)
-        lookup = None
+            draft_rows = F.pad(self._draft_rows.gather(1, kept).masked_fill_(absent, -1), padding, value=-1)
         if self.num_lookups:
-            lookup = F.pad((kept >= 1) & (kept <= self.num_lookups) & present, (0, padding))
+            lookup = F.pad((kept >= 1) & (kept <= self.num_lookups) & ~absent, padding)
         return Tree(
-            tokens=F.pad(self._gather(self.tokens, kept), (0, padding)),
+            tokens=F.pad(self.tokens.gather(1, kept), padding),
             parents=parents,
             depths=visible.sum(2) - 1,
             visible=visible,
             num_nodes=num_nodes,
-            scores=F.pad(scores.gather(1, front)[:, :limit], (0, padding), value=_EMPTY),
+            scores=F.pad(scores.gather(1, kept).masked_fill_(absent, _EMPTY), padding, value=_EMPTY),
             draft_rows=draft_rows,
             lookup=lookup,
         )
