@@ -13,7 +13,7 @@ import math
 import numpy as np
 import torch
 
-from treespec.policy import LOOKUP_LATER, LOOKUP_PRIOR, Outcome, Policy
+from treespec.policy import COUPLED_SHARPNESS, GREEDY_SHARPNESS, LOOKUP_LATER, LOOKUP_PRIOR, Outcome, Policy
 from treespec.tree import NODE_SIZES
 
 _FRONTIER_WIDTH = 4
@@ -105,6 +105,7 @@ class AutoPolicy(Policy):
         self.lookup_later = [RunningShare(max(prior, LOOKUP_LATER)) for prior in LOOKUP_PRIOR]
         self.draft_hits = RunningShare(0.7)  # a node the draft expanded has the right child
         self.draft_gain = RunningShare(1.5)  # tokens kept of a round that asked the draft
+        self._sharpness = {False: GREEDY_SHARPNESS, True: COUPLED_SHARPNESS}
         self._tokens, self._milliseconds = 0.0, 0.0
         self._silence, self._silent_rounds = 8, 0
         self._rounds = 0
@@ -124,6 +125,9 @@ class AutoPolicy(Policy):
     def lookup_chances(self, match_lengths):
         slots = [min(length, len(LOOKUP_PRIOR) - 1) for length in match_lengths]
         return [self.lookup_first[k].value if k else 0.0 for k in slots], [self.lookup_later[k].value for k in slots]
+
+    def sharpness(self, picker):
+        return self._sharpness[picker.do_sample] if picker.knows_pick or not picker.do_sample else 1.0
 
     def wants_draft(self, lookup_scores):
         if not self.with_model:
@@ -208,10 +212,17 @@ class AutoPolicy(Policy):
         if kept > 0:
             self._silence = 8
         rows = outcome.tree.draft_rows.numpy(force=True)
+        parents = outcome.tree.parents.numpy(force=True)
+        scores = outcome.tree.scores.numpy(force=True)
         for row, path in enumerate(outcome.paths):
-            asked = sum(1 for node in path if rows[row, node] >= 0)
-            # every asked node of the path but the last had the right child
-            self.draft_hits.add(min(asked, len(path) - 1), asked)
+            for node, following in zip(path, [*path[1:], None]):
+                if rows[row, node] < 0:
+                    break
+                hit = float(following is not None)
+                self.draft_hits.add(hit, 1.0)
+                expected = float(np.exp(scores[row][parents[row] == node] - scores[row, node]).sum())
+                factor = self._sharpness[outcome.sampled] * math.exp(0.05 * (hit - min(expected, 1.0)))
+                self._sharpness[outcome.sampled] = min(max(factor, 0.5), 6.0)
 
     def _learn_lookup(self, outcome: Outcome) -> None:
         lookup = outcome.tree.lookup.numpy(force=True)
@@ -246,7 +257,8 @@ class AutoPolicy(Policy):
             level = self.level_ms.value
             lines.append(
                 f"draft: {'not measured' if level is None else f'{level:.2f} ms'} a level, right child in "
-                f"{self.draft_hits.value:.0%} of expanded nodes, {self.draft_gain.value:.2f} tokens kept when asked"
+                f"{self.draft_hits.value:.0%} of expanded nodes, {self.draft_gain.value:.2f} tokens kept when asked, "
+                f"sharpness {self._sharpness[False]:.1f} greedy, {self._sharpness[True]:.1f} sampled"
             )
         if self.lookup_length:
             shares = ", ".join(f"{k}: {share.value:.0%}" for k, share in enumerate(self.lookup_first) if k)

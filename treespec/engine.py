@@ -178,6 +178,7 @@ class Engine:
             total_ms=1e3 * (committed - clock),
             num_nodes=tree.tokens.shape[1],
             new_tokens=sum(len(tokens) for _, tokens in news),
+            sampled=request.picker.do_sample,
         )
         self.policy.observe(outcome)
         self._count(outcome, 1e3 * (committed - verified))
@@ -214,8 +215,9 @@ class Engine:
         source = self.drafts[0]
         logits, root_row, chain, offset = source.root_logits(sequences)
         growth.begin_levels(offset + self.policy.max_rows, root_row, chain)
+        sharpness = self.policy.sharpness(picker)
         for level in range(depth):
-            logprobs = picker.rank(logits, [length + level for length in self._lens])
+            logprobs = picker.rank(logits, [length + level for length in self._lens], sharpness)
             growth.expand(logprobs, *self.policy.children(level, logprobs))
             if level + 1 == depth:
                 break

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from treespec.sampling import TokenPicker
 from treespec.shapes import AdaptiveTree, BestFirstTree, Chain, FixedTree, Shape
 from treespec.tree import Tree
 
@@ -20,6 +21,11 @@ _LOWEST = float("-inf")
 # Shares of looked-up tokens that proved right, by match length 0, 1, 2, ...; and of those after a right one.
 LOOKUP_PRIOR = (0.0, 0.25, 0.45, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9)
 LOOKUP_LATER = 0.85
+
+# A draft's probability says how often a token is *drawn*; which token is the argmax, with or without known noise, is more
+# certain. These factors fit the demo pair (docs/design/003-auto.md); `AutoPolicy` goes on from them.
+GREEDY_SHARPNESS = 3.0
+COUPLED_SHARPNESS = 2.0
 
 
 @dataclass
@@ -35,6 +41,7 @@ class Outcome:
     total_ms: float
     num_nodes: int
     new_tokens: int
+    sampled: bool
 
 
 class Policy:
@@ -52,6 +59,10 @@ class Policy:
 
     def wants_lookup(self) -> bool:
         return self.lookup_length > 0
+
+    def sharpness(self, picker: TokenPicker) -> float:
+        """Factor on a draft's logits before they become probabilities."""
+        return COUPLED_SHARPNESS if picker.knows_pick else 1.0
 
     def wants_draft(self, lookup_scores: torch.Tensor) -> bool:
         """Whether the draft model is asked this round, given the scores `[B, M * L]` of what lookups proposed."""
@@ -102,6 +113,12 @@ class ShapePolicy(Policy):
 
     def wants_draft(self, lookup_scores):
         return self.with_model
+
+    def sharpness(self, picker):
+        # thresholds of the other shapes are on the draft's own probability
+        if isinstance(self.shape, BestFirstTree) and not picker.do_sample:
+            return GREEDY_SHARPNESS
+        return super().sharpness(picker)
 
     def children(self, depth, logprobs):
         shape = self.shape

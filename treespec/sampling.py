@@ -24,8 +24,6 @@ _DRAFT_PROCESSORS = tuple(
 )
 # What processors of transformers hold of every row of a batch.
 _ROW_STATE = ("prompt_ignore_length", "encoder_input_ids", "generated_ngrams")
-# Noise decides most between near ties, so a draft's probability after noise is sharper than before (docs/design/003).
-_COUPLED_SHARPNESS = 1.5
 _NOISE_BLOCK = 32
 
 
@@ -144,12 +142,18 @@ class TokenPicker:
             )
         return token, scores
 
-    def rank(self, logits: torch.Tensor, positions: list[int]) -> torch.Tensor:
+    @property
+    def knows_pick(self) -> bool:
+        """Whether a draft sees the noise that decides the target's pick."""
+        return self.noise is not None and self.rule == "coupled"
+
+    def rank(self, logits: torch.Tensor, positions: list[int], sharpness: float = 1.0) -> torch.Tensor:
         """A draft's log-probabilities that a token is the one the target will pick.
 
         Args:
             logits: `[B, F, V]` of the draft.
             positions: unpadded position of the tokens to rank, one a row (a level has one position).
+            sharpness: factor on the scores: a pick is more certain than a draw (docs/design/003-auto.md).
 
         Returns:
             float32 `[B, F, V]`.
@@ -161,9 +165,10 @@ class TokenPicker:
             for processor in self._draft_processors:
                 flat = processor(None, flat)
             scores = flat.view_as(scores)
-        if self.noise is not None and self.rule == "coupled":
-            noise = self.noise.level(positions)[..., : scores.shape[-1]]
-            scores = (scores + noise) * _COUPLED_SHARPNESS
+        if self.knows_pick:
+            scores = scores + self.noise.level(positions)[..., : scores.shape[-1]]
+        if sharpness != 1.0:
+            scores = scores * sharpness
         return torch.log_softmax(scores, dim=-1)
 
     def drop_row(self, row: int) -> None:

@@ -203,6 +203,7 @@ class TreeSpeculator:
 
         An argument named here that `generate` prepares too, such as `attention_mask`, would be passed twice.
         """
+        checks.seed(seed)
         if model is not self.target:
             raise ValueError("custom_generate must be called on the target this speculator was made for")
         past = model_kwargs.get("past_key_values")

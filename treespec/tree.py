@@ -211,6 +211,8 @@ class Growth:
         """
         values, tokens = logprobs.topk(min(num_children, logprobs.shape[-1]), dim=-1)
         scores = values.add_(self._frontier_scores.unsqueeze(2))
+        # a draft that has turned NaN proposes nothing
+        scores.nan_to_num_(nan=_EMPTY, neginf=_EMPTY)
         if breadth is not None:
             rank = torch.arange(values.shape[2], device=values.device)
             scores = scores.masked_fill_(rank >= breadth.unsqueeze(2), _EMPTY)
