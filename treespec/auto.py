@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from treespec.policy import COUPLED_SHARPNESS, GREEDY_SHARPNESS, LOOKUP_LATER, LOOKUP_PRIOR, Outcome, Policy
-from treespec.tree import NODE_SIZES
 
+# Few widths, so that each is recorded and measured early.
+_NODE_SIZES = (1, 4, 8, 12, 16, 24, 32, 48, 64)
 _FRONTIER_WIDTH = 4
 _CHILDREN = 4
 _LEAST_PROBABILITY = 0.02
@@ -57,7 +58,7 @@ class VerifyCosts:
     """Milliseconds of a verification by its number of nodes."""
 
     def __init__(self) -> None:
-        self.times = {size: RunningTime() for size in NODE_SIZES}
+        self.times = {size: RunningTime() for size in _NODE_SIZES}
         self._seen: dict[int, int] = {}
 
     def add(self, num_nodes: int, milliseconds: float) -> None:
@@ -92,6 +93,7 @@ class AutoPolicy(Policy):
     """
 
     max_nodes = 64
+    node_sizes = _NODE_SIZES
 
     def __init__(self, with_model: bool, with_lookup: bool) -> None:
         self.with_model = with_model
@@ -168,7 +170,7 @@ class AutoPolicy(Policy):
         expected = probabilities.cumsum(1).mean(0)
         total = int((probabilities > 0).sum(1).max())
         best, best_value = 1, None
-        for size in NODE_SIZES:
+        for size in _NODE_SIZES:
             if size > self.max_nodes:
                 break
             cost = self.verify.at(size)

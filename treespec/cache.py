@@ -57,6 +57,11 @@ class TreeCache:
                 kind = (spec.num_heads, dim, spec.dtype, spec.device)
                 views.append(self._storage[kind][used[kind], : self._active])
                 used[kind] += 1
+        self._layers = {id(keys): layer for layer, keys in enumerate(self.keys)}
+
+    def layer_of(self, keys: torch.Tensor) -> int | None:
+        """Which layer's view `keys` is; None for any other tensor."""
+        return self._layers.get(id(keys))
 
     @property
     def num_bytes(self) -> int:
@@ -68,6 +73,12 @@ class TreeCache:
         if self._active != self.batch:
             self._active = self.batch
             self._set_views()
+
+    def clear_nodes(self) -> None:
+        """Zeroes all rows behind the prefixes: a NaN left there would spoil sums even with weight 0."""
+        for row, prefix in enumerate(self.prefix_lens):
+            for storage in self._storage.values():
+                storage[:, row, :, prefix:].zero_()
 
     def copy_rows(self, row: int, length: int) -> list[torch.Tensor]:
         """The first `length` rows of a sequence, for `paste_rows`."""

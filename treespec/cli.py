@@ -248,58 +248,72 @@ def _demo_row(result) -> tuple[str, ...]:
     return result.method, speed, f"{result.ratio:.2f}x", per_round, identical
 
 
+def _demo_live(target, draft, tokenizer, max_new_tokens: int, device, show) -> bool:
+    """Streams one sampled text; whether plain decoding with the same seed writes the same."""
+    from treespec import TreeSpeculator, demo
+
+    prompt = demo.live_prompt()
+    input_ids = _encode(tokenizer, prompt, False, device)
+    kwargs = {"max_new_tokens": max_new_tokens, **demo.LIVE_SAMPLING}
+    show(f"{prompt.rstrip()[-300:]}\n--- continued by the target, with speculation:\n")
+    spec = TreeSpeculator(target, draft, tokenizer=tokenizer)
+    new_ids = _stream(spec, tokenizer, input_ids, show, lambda steps: None, **kwargs)
+    plain = TreeSpeculator(target, None, tokenizer=tokenizer).generate(input_ids, **kwargs)
+    identical = plain[0, input_ids.shape[1] :].tolist() == new_ids
+    how = f"sampled at temperature {kwargs['temperature']}, seed {kwargs['seed']}"
+    same = "yes" if identical else "no"
+    show(f"\n--- {how}; the same text without speculation: {same}\n\n")
+    return identical
+
+
 def run_demo(arguments: argparse.Namespace) -> int:
     """`treespec demo`: live text, then one table; exit code 1 where float32 text of ours is not the
     target's own.
     """
     torch, device = _load_torch(arguments)
     with console.progress("loading the demo pair"):
-        from treespec import TreeSpeculator, demo
+        from treespec import demo
 
         target, draft, tokenizer = demo.load_demo_pair(
             dtype=arguments.dtype or "float32", device=device
         )
-        spec = TreeSpeculator(target, draft, tokenizer=tokenizer)
+    budget = arguments.max_new_tokens
     prompts = demo.spread_prompts(demo.load_prompts("dev"), arguments.prompts)
     encoded = [_encode(tokenizer, prompt["prompt"], False, device) for prompt in prompts]
     dtype = str(target.dtype).removeprefix("torch.")
-    if not arguments.json:
-        print(
-            f"{prompts[0]['prompt'].rstrip()[-300:]}\n"
-            "--- continued by the target, with speculation:"
-        )
-        budget = {"max_new_tokens": arguments.max_new_tokens, "do_sample": False}
-        _stream(spec, tokenizer, encoded[0], _write_now, lambda steps: None, **budget)
-        print("\n")
-    methods = demo.demo_methods(target, draft, tokenizer, arguments.max_new_tokens)
+    show = (lambda text: None) if arguments.json else _write_now
+    sampled_identical = _demo_live(target, draft, tokenizer, budget, device, show)
+    methods = demo.demo_methods(target, draft, tokenizer, budget)
     steps = len(methods) * (len(encoded) + 1)
     with console.progress("comparing", total=steps) as advance:
         results = demo.compare(target, methods, encoded, on_step=lambda name: advance(1, name))
-    broken = [result for result in results if result.ours and not result.identical]
-    identical = all(result.identical for result in results if result.ours)
+    broken = [result.method for result in results if result.ours and not result.identical]
+    if not sampled_identical:
+        broken.append("the sampled text")
     if arguments.json:
         report = {
             "dtype": dtype,
             "device": str(device),
             "threads": torch.get_num_threads(),
-            "max_new_tokens": arguments.max_new_tokens,
+            "max_new_tokens": budget,
             "prompts": [prompt["id"] for prompt in prompts],
-            "identical": identical,
+            "identical": not broken,
+            "sampled_identical": sampled_identical,
             "results": [result.as_dict() for result in results],
         }
         print(json.dumps(report))
     else:
-        size = f"{len(encoded)} prompts x {arguments.max_new_tokens} new tokens"
+        size = f"{len(encoded)} prompts x {budget} new tokens"
         title = f"{size}, greedy, {dtype}, {device}"
         console.print_table(title, _DEMO_COLUMNS, [_demo_row(result) for result in results])
-        print(f"identical: {'yes' if identical else 'no'}")
-        if not identical and dtype != "float32":
+        print(f"identical: {'no' if broken else 'yes'}")
+        if broken and dtype != "float32":
             print(
                 "In 16 bits a tie of two tokens can fall either way; "
                 "the logit gap shows how close they were."
             )
     if broken and dtype == "float32":
-        names = ", ".join(result.method for result in broken)
+        names = ", ".join(broken)
         print(f"treespec demo: text differs from the target's own: {names}", file=sys.stderr)
         return 1
     return 0

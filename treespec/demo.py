@@ -10,11 +10,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 DATA = Path(__file__).resolve().parent / "data"
 PROMPT_SETS = tuple(sorted(path.stem for path in (DATA / "prompts").glob("*.jsonl")))
+# A prompt and a seed whose sampled continuation is pleasant to read.
+LIVE_PROMPT_ID = "dev-011"
+LIVE_SAMPLING: dict[str, Any] = {"do_sample": True, "temperature": 0.7, "seed": 5}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -95,6 +99,11 @@ def load_prompts(name: str = "dev") -> list[dict[str, str]]:
         raise ValueError(f"name must be one of {', '.join(PROMPT_SETS)}; got {name!r}")
     with open(DATA / "prompts" / f"{name}.jsonl", encoding="utf-8") as file:
         return [json.loads(line) for line in file]
+
+
+def live_prompt() -> str:
+    """The prompt that `treespec demo` continues while one watches."""
+    return next(p["prompt"] for p in load_prompts("dev") if p["id"] == LIVE_PROMPT_ID)
 
 
 def spread_prompts(prompts: list[dict[str, str]], count: int) -> list[dict[str, str]]:

@@ -100,6 +100,11 @@ class Engine:
                 yield news
                 if self._request is not request:
                     raise RuntimeError("another call has taken this speculator over; close a stream before the next call")
+        except Exception:
+            # buffers may hold NaN rows, which later calls would meet with weight 0
+            if self._request is request:
+                self.target.cache = None
+            raise
         finally:
             if self._request is request:
                 stats.total_ms = 1e3 * (time.perf_counter() - started)
@@ -157,7 +162,7 @@ class Engine:
         budgets = [request.max_new_tokens - len(row.new_tokens) for row in self._active]
         tree, match_lengths, levels = self._grow(request.picker, max(budgets))
         grown = time.perf_counter()
-        logits = self._verify(tree)
+        tree, logits = self._verify(tree)
         verified = time.perf_counter()
         verdicts = [
             walk(
@@ -172,7 +177,7 @@ class Engine:
             tree=tree,
             paths=[verdict.path for verdict in verdicts],
             match_lengths=match_lengths,
-            draft_levels=levels,
+            draft_levels=levels if tree.draft_rows is not None else 0,
             draft_ms=1e3 * (grown - clock),
             verify_ms=1e3 * (verified - grown),
             total_ms=1e3 * (committed - clock),
@@ -196,7 +201,7 @@ class Engine:
         levels = 0
         if self.drafts and self.policy.wants_draft(growth.lookup_scores()):
             levels = self._grow_levels(growth, sequences, picker, depth)
-        tree = growth.select(self.policy.nodes_to_verify(growth.all_scores()), depth)
+        tree = growth.select(self.policy.nodes_to_verify(growth.all_scores()), depth, self.policy.node_sizes)
         return tree, match_lengths, levels
 
     def _add_lookups(self, growth: Growth, sequences: Sequences, depth: int) -> list[int] | None:
@@ -229,9 +234,16 @@ class Engine:
             offset += tokens.shape[1]
         return level + 1
 
-    def _verify(self, tree: Tree) -> torch.Tensor:
-        prefix = torch.tensor(self.target.cache.prefix_lens, device=tree.tokens.device).unsqueeze(1)
-        return self.target.forward(tree.tokens, prefix + tree.depths, tree.visible)
+    def _verify(self, tree: Tree) -> tuple[Tree, torch.Tensor]:
+        """The tree and its logits; of the roots alone if some node turned NaN, which would reach its siblings."""
+        cache = self.target.cache
+        prefix = torch.tensor(cache.prefix_lens, device=tree.tokens.device).unsqueeze(1)
+        logits = self.target.forward(tree.tokens, prefix + tree.depths, tree.visible)
+        if tree.tokens.shape[1] > 1 and bool(logits[..., 0].isnan().any()):
+            cache.clear_nodes()
+            tree = root_only(tree.tokens[:, 0])
+            logits = self.target.forward(tree.tokens, prefix, tree.visible)
+        return tree, logits
 
     def _commit(
         self, request: Request, tree: Tree, verdicts: list[RowVerdict]

@@ -205,6 +205,11 @@ def _attend(*args):
     return _current.attend(*args)
 
 
+def _attend_layer(query, layer, *args):
+    cache = _current.cache
+    return _attend(query, cache.keys[layer], cache.values[layer], *args)
+
+
 def _write(*args):
     _current.write(*args)
 
@@ -227,7 +232,11 @@ def _tree_attention(
     **_,
 ):
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return opaque(_attend, query, key, value, attention_mask, scale, softcap, s_aux, sliding_window), None
+    layer = _current.cache.layer_of(key)
+    if layer is None:
+        return opaque(_attend, query, key, value, attention_mask, scale, softcap, s_aux, sliding_window), None
+    # named by its number, a layer's rows may move without making a recording stale
+    return opaque(_attend_layer, query, layer, attention_mask, scale, softcap, s_aux, sliding_window), None
 
 
 def _tree_mask(*_, mask_function=causal_mask_function, dtype=torch.float32, config=None, **__):

@@ -162,7 +162,6 @@ class TreeModel:
         else:
             self.cache = None
             self.cache = TreeCache(self._specs, batch, capacity)
-            self._recordings.clear()
         self._facade = hf.cache_facade(
             self.cache, self._layer_rows, self._placeholders, whole=self.route == "interface"
         )
@@ -189,7 +188,6 @@ class TreeModel:
 
     def drop_row(self, row: int) -> None:
         self.cache.drop_row(row)
-        self._recordings.clear()
 
     @torch.inference_mode()
     def keep_prefix(self, ids: torch.Tensor) -> None:

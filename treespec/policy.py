@@ -14,7 +14,7 @@ import torch
 
 from treespec.sampling import TokenPicker
 from treespec.shapes import AdaptiveTree, BestFirstTree, Chain, FixedTree, Shape
-from treespec.tree import Tree
+from treespec.tree import NODE_SIZES, Tree
 
 _LOWEST = float("-inf")
 
@@ -48,6 +48,7 @@ class Policy:
     """Grows nothing, verifies the root alone: plain decoding."""
 
     max_nodes = 1
+    node_sizes = NODE_SIZES
     max_depth = 0
     max_rows = 0
     lookup_length = 0

@@ -43,9 +43,9 @@ class Tree:
 NODE_SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 96, 128, 192, 256)
 
 
-def round_up_nodes(count: int) -> int:
+def round_up_nodes(count: int, sizes: tuple[int, ...] = NODE_SIZES) -> int:
     """The next of a few widths, so that few shapes of forwards occur."""
-    return next(size for size in NODE_SIZES if size >= count)
+    return next(size for size in sizes if size >= count)
 
 
 def root_only(root_tokens: torch.Tensor) -> Tree:
@@ -275,7 +275,7 @@ class Growth:
 
     # --- selection ----------------------------------------------------------------------------------------------
 
-    def select(self, max_nodes: int, max_depth: int) -> Tree:
+    def select(self, max_nodes: int, max_depth: int, sizes: tuple[int, ...] = NODE_SIZES) -> Tree:
         """The best `max_nodes` candidates, root included, as a tree; its width is rounded up to a common size.
 
         A child is never likelier than its parent and never before it, so the best of a stable order are closed
@@ -297,7 +297,7 @@ class Growth:
         kept = kept.clamp_max_(total - 1)
         parents = place.gather(1, self.parents.gather(1, kept).clamp_min_(0)).masked_fill_(absent, -1)
         parents[:, 0] = -1
-        padding = (0, round_up_nodes(limit) - limit)
+        padding = (0, round_up_nodes(limit, sizes) - limit)
         parents = F.pad(parents, padding, value=-1)
         visible = ancestor_matrix(parents, max_depth)
         draft_rows = lookup = None

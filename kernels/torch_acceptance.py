@@ -1,0 +1,202 @@
+"""The acceptance ops without Triton: batched PyTorch, and NumPy where it is the quicker on a host.
+
+These run on a CPU and on devices Triton does not serve. Arguments are those of the namesakes in
+``ops``, already checked. Logits are read only for the nodes a walk visits, so the cost grows with
+the accepted path and not with the tree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from .noise import (
+    ACCEPT_STREAM,
+    RESIDUAL_STREAM,
+    SHARED_STREAM,
+    gumbel_of_words,
+    philox_words,
+    token_words,
+    uniform,
+)
+from .rejection import DraftTrees, traversal, without_replacement
+from .verdict import Verdict
+from .warpers import Warpers, warped_scores
+
+# Up to this many numbers, one pass over all is quicker than the few rows a walk visits one by one.
+_SMALL = 2**18
+
+
+def verify_greedy(
+    logits: torch.Tensor, tokens: torch.Tensor, parents: torch.Tensor, num_nodes: torch.Tensor
+) -> Verdict:
+    """See ``ops.verify_greedy``."""
+    logits = logits.detach()
+    if logits.device.type == "cpu" and logits.numel() <= _SMALL:
+        rows = logits.reshape(-1, logits.shape[2])
+        rows = rows if rows.dtype == torch.float64 else rows.float()
+        choices = _finite_argmax(rows.numpy()).reshape(tokens.shape).tolist()
+
+        def choose(b: Sequence[int], nodes: Sequence[int]) -> list[int]:
+            return [choices[row][node] for row, node in zip(b, nodes)]
+    else:
+        read = _row_reader(logits)
+
+        def choose(b: Sequence[int], nodes: Sequence[int]) -> list[int]:
+            return _finite_argmax(read(b, nodes)).tolist()
+
+    return _follow(choose, tokens, parents, num_nodes)
+
+
+def verify_sampled(
+    logits: torch.Tensor,
+    tokens: torch.Tensor,
+    parents: torch.Tensor,
+    num_nodes: torch.Tensor,
+    positions: torch.Tensor,
+    draft_probs: torch.Tensor | None,
+    rule: str,
+    warpers: Warpers,
+    seed: int | torch.Tensor,
+    rows: torch.Tensor,
+) -> Verdict:
+    """See ``ops.verify_sampled``."""
+    read = _row_reader(logits.detach())
+    warpers = Warpers(*(x.cpu() if isinstance(x, torch.Tensor) else x for x in warpers))
+    batch, _, vocab_size = logits.shape
+    row_keys, places = _host(rows), _host(positions)
+    seeds = np.broadcast_to(
+        _host(seed) if isinstance(seed, torch.Tensor) else np.uint64(seed), batch
+    )
+
+    def scores_of(b: Sequence[int], nodes: Sequence[int]) -> tuple[torch.Tensor, np.ndarray]:
+        """Warped scores [K, V], and which of them can be decided on."""
+        values = read(b, nodes)
+        fine = _finite_argmax(values) >= 0
+        return warped_scores(torch.from_numpy(values), warpers.rows(b)), fine
+
+    def noise(b: Sequence[int], place: np.ndarray, stream) -> torch.Tensor:
+        return gumbel_of_words(token_words(seeds[b], place, row_keys[b], stream, vocab_size))
+
+    if rule in ("coupled", "target_only"):
+
+        def choose(b: Sequence[int], nodes: Sequence[int]) -> list[int]:
+            scores, fine = scores_of(b, nodes)
+            perturbed = scores + noise(b, places[b, nodes] + 1, SHARED_STREAM)
+            return np.where(fine, perturbed.numpy().argmax(1), -1).tolist()
+
+        return _follow(choose, tokens, parents, num_nodes)
+
+    def target_probs(b: Sequence[int], nodes: Sequence[int]) -> np.ndarray:
+        scores, fine = scores_of(b, nodes)
+        return np.where(fine[:, None], scores.softmax(1).numpy(), np.nan)
+
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    streams = 4 * places[:, 0]
+    node_index = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+    coins = philox_words(
+        ([[0]], node_index, row_keys[:, None], streams[:, None] + ACCEPT_STREAM), seeds[:, None]
+    )
+    trees = DraftTrees(
+        _host(tokens),
+        _host(parents),
+        _host(num_nodes),
+        target_probs,
+        _row_reader(draft_probs.detach(), dtype),
+        uniform(coins[0]).astype(np.float64 if dtype == torch.float64 else np.float32),
+        vocab_size,
+    )
+    outcome = (traversal if rule == "traversal" else without_replacement)(trees)
+    bonus_token = np.full(batch, -1)
+    done = np.flatnonzero(outcome.decided)
+    if done.size:
+        perturbed = torch.from_numpy(outcome.bonus_probs[done]).log()
+        perturbed += noise(done, outcome.last[done], streams[done] + RESIDUAL_STREAM)
+        bonus_token[done] = perturbed.numpy().argmax(1)
+    return _verdict(outcome.path, outcome.accept_length, bonus_token, tokens.device)
+
+
+def gumbel_noise(
+    seed: int | torch.Tensor,
+    rows: torch.Tensor,
+    positions: torch.Tensor,
+    vocab_size: int,
+    stream: int | torch.Tensor,
+) -> torch.Tensor:
+    """See ``ops.gumbel_noise``."""
+    seeds = _host(seed)[:, None] if isinstance(seed, torch.Tensor) else seed
+    streams = _host(stream)[:, None] if isinstance(stream, torch.Tensor) else stream
+    words = token_words(seeds, _host(positions), _host(rows)[:, None], streams, vocab_size)
+    return gumbel_of_words(words).to(positions.device)
+
+
+def _host(values: torch.Tensor) -> np.ndarray:
+    return values.detach().cpu().numpy()
+
+
+def _row_reader(
+    values: torch.Tensor, dtype: torch.dtype | None = None
+) -> Callable[[Sequence[int], Sequence[int]], np.ndarray]:
+    """A function of (rows [K], nodes [K]) that gives those rows of [B, N, V] as an array [K, V].
+
+    float64 stays, everything else becomes float32, unless ``dtype`` says otherwise.
+    """
+    if dtype is None:
+        dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
+    if values.device.type == "cpu" and (values.dtype == dtype or values.numel() <= _SMALL):
+        array = values.to(dtype).numpy()
+        return lambda b, nodes: array[b, nodes]
+    return lambda b, nodes: (
+        values[torch.as_tensor(b), torch.as_tensor(nodes)].to(dtype).cpu().numpy()
+    )
+
+
+def _finite_argmax(scores: np.ndarray) -> np.ndarray:
+    """The lowest index of each row's greatest value; -1 where one is NaN or none is above -inf."""
+    index = scores.argmax(1)
+    return np.where(scores[np.arange(len(index)), index] > -np.inf, index, -1)
+
+
+def _follow(
+    choose: Callable[[Sequence[int], Sequence[int]], list[int]],
+    tokens: torch.Tensor,
+    parents: torch.Tensor,
+    num_nodes: torch.Tensor,
+) -> Verdict:
+    """Level by level, descend to the child that carries ``choose(rows, nodes)`` while one does."""
+    batch, capacity = tokens.shape
+    # Filled backwards, so that the lowest of equal siblings stays.
+    children = [
+        {(above[node], carried[node]): node for node in range(count - 1, 0, -1)}
+        for above, carried, count in zip(parents.tolist(), tokens.tolist(), num_nodes.tolist())
+    ]
+    path, bonus_token = [[] for _ in range(batch)], [-1] * batch
+    active = [b for b, count in enumerate(num_nodes.tolist()) if count > 0]
+    nodes = [0] * len(active)
+    while active:
+        choices = choose(active, nodes)
+        still, below = [], []
+        for b, node, choice in zip(active, nodes, choices):
+            path[b].append(node)
+            bonus_token[b] = choice
+            # No child carries token -1, so a row that cannot be decided stops here.
+            child = children[b].get((node, choice)) if choice >= 0 else None
+            if child is not None:
+                still.append(b)
+                below.append(child)
+        active, nodes = still, below
+    padded = [nodes + [-1] * (capacity - len(nodes)) for nodes in path]
+    accept_length = [max(len(nodes) - 1, 0) for nodes in path]
+    results = (
+        np.array(padded).reshape(batch, capacity),
+        np.array(accept_length),
+        np.array(bonus_token),
+    )
+    return _verdict(*results, tokens.device)
+
+
+def _verdict(path, accept_length, bonus_token, device: torch.device) -> Verdict:
+    arrays = (path, accept_length, bonus_token)
+    return Verdict(*(torch.from_numpy(array).to(device) for array in arrays))

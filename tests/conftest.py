@@ -1,0 +1,39 @@
+"""Fixtures that the tests share: small models, cached for the session, and one thread."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import KINDS, demo_models, tiny_pair
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Small models are fastest on one thread, and the machine may be shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=KINDS)
+def kind(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def pair(kind):
+    """Target and draft of every tiny model type."""
+    return tiny_pair(kind)
+
+
+@pytest.fixture
+def llama():
+    """The tiny Llama target and its draft."""
+    return tiny_pair("llama")
+
+
+@pytest.fixture(scope="session")
+def demo_pair():
+    """The bundled target, draft and tokenizer."""
+    return demo_models()

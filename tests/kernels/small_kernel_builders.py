@@ -1,0 +1,281 @@
+"""What ``compile_tools`` compiles of the small kernels: each builder returns the arguments of one
+``compile_kernel`` call, with the tile sizes the launchers would choose."""
+
+from __future__ import annotations
+
+
+def _builder(module, name, pointers, scalars, constants, num_warps, aligned=None):
+    import importlib
+
+    kernel = getattr(importlib.import_module(f"treespec.kernels.{module}"), name)
+    names = kernel.arg_names
+
+    def pick(mapping):
+        return {key: value for key, value in mapping.items() if key in names}
+
+    constants = {**constants, **{key: None for key, value in pointers.items() if value is None}}
+    pointers = {key: value for key, value in pointers.items() if value is not None}
+    return {
+        "kernel": kernel,
+        "pointers": pick(pointers),
+        "scalars": pick(scalars),
+        "constants": constants,
+        "num_warps": num_warps,
+        "aligned": aligned,
+    }
+
+
+def choose(capability, dtype="bf16", sample=False, cut=False, vocab_size=151936, rows=64):
+    import triton.language as tl
+    from treespec.kernels.round_tuning import choice_config
+
+    config = choice_config(rows, vocab_size)
+    noise = {
+        "positions_ptr": "i64",
+        "rows_ptr": "i64",
+        "seeds_ptr": "i64",
+        "temperature_ptr": "fp32",
+    }
+    pointers = {
+        "logits_ptr": dtype,
+        "num_nodes_ptr": "i64",
+        "value_ptr": "fp32",
+        "token_ptr": "i32",
+        **(noise if sample else dict.fromkeys(noise)),
+        "threshold_ptr": "fp32" if cut else None,
+    }
+    scalars = {
+        "capacity": "i32",
+        "vocab_size": "i32",
+        "counters_per_split": "i32",
+        "stride_lb": "i32",
+        "stride_ln": "i32",
+    }
+    constants = {"SAMPLE": sample, "CUT": cut, "DTYPE": tl.float32, "BLOCK": config.block}
+    aligned = {*pointers, "stride_lb", "stride_ln", "vocab_size", "counters_per_split"}
+    return _builder(
+        "verify", "choose_kernel", pointers, scalars, constants, config.num_warps, aligned
+    ) | {"capability": capability}
+
+
+def walk(capability, nodes=256):
+    from treespec.kernels.round_tuning import tree_warps
+
+    pointers = {
+        "value_ptr": "fp32",
+        "token_ptr": "i32",
+        "tokens_ptr": "i64",
+        "parents_ptr": "i64",
+        "num_nodes_ptr": "i64",
+        "path_ptr": "i64",
+        "accept_ptr": "i64",
+        "bonus_ptr": "i64",
+    }
+    scalars = {"capacity": "i32", "num_splits": "i32", "stride_tb": "i32", "stride_pb": "i32"}
+    constants = {"BLOCK_N": nodes, "BLOCK_S": 8}
+    return _builder("verify", "walk_kernel", pointers, scalars, constants, tree_warps(nodes)) | {
+        "capability": capability
+    }
+
+
+def gumbel(capability):
+    from treespec.kernels.round_tuning import noise_config
+
+    config = noise_config(151936)
+    pointers = {
+        "seeds_ptr": "i64",
+        "rows_ptr": "i64",
+        "positions_ptr": "i64",
+        "streams_ptr": "i64",
+        "out_ptr": "fp32",
+    }
+    scalars = {"num_positions": "i32", "vocab_size": "i32"}
+    constants = {"BLOCK": config.block}
+    return _builder(
+        "philox",
+        "_gumbel_kernel",
+        pointers,
+        scalars,
+        constants,
+        config.num_warps,
+        {*pointers, "vocab_size"},
+    ) | {"capability": capability}
+
+
+def cut(capability, filters=True, draft=True, dtype="bf16"):
+    from treespec.kernels.round_tuning import row_config
+
+    config = row_config(151936)
+    filter_types = {
+        "top_k_ptr": "i32",
+        "top_p_ptr": "fp32",
+        "min_p_ptr": "fp32",
+        "threshold_ptr": "fp32",
+    }
+    pointers = {
+        "logits_ptr": dtype,
+        "draft_ptr": "fp32" if draft else None,
+        "parents_ptr": "i64",
+        "num_nodes_ptr": "i64",
+        "temperature_ptr": "fp32",
+        "logsumexp_ptr": "fp32" if draft else None,
+        **(filter_types if filters else dict.fromkeys(filter_types)),
+    }
+    scalars = {
+        "capacity": "i32",
+        "vocab_size": "i32",
+        "stride_lb": "i32",
+        "stride_ln": "i32",
+        "stride_db": "i32",
+        "stride_dn": "i32",
+        "stride_pb": "i32",
+    }
+    constants = {"CUT": filters, "DRAFT": draft, "BLOCK": config.block, "BLOCK_N": 64}
+    return _builder(
+        "vocabulary_cut",
+        "cut_kernel",
+        pointers,
+        scalars,
+        constants,
+        config.num_warps,
+        {*pointers, "stride_lb", "stride_ln", "vocab_size"},
+    ) | {"capability": capability}
+
+
+def rejection(capability, traversal=True, filters=True, dtype="bf16"):
+    from treespec.kernels.round_tuning import row_config
+
+    config = row_config(151936)
+    pointers = {
+        "logits_ptr": dtype,
+        "draft_ptr": "fp32",
+        "tokens_ptr": "i64",
+        "parents_ptr": "i64",
+        "num_nodes_ptr": "i64",
+        "positions_ptr": "i64",
+        "rows_ptr": "i64",
+        "seeds_ptr": "i64",
+        "temperature_ptr": "fp32",
+        "threshold_ptr": "fp32" if filters else None,
+        "logsumexp_ptr": "fp32",
+        "links_ptr": "i32",
+        "record_ptr": "fp32",
+        "path_ptr": "i64",
+        "accept_ptr": "i64",
+        "bonus_ptr": "i64",
+    }
+    scalars = {
+        "capacity": "i32",
+        "vocab_size": "i32",
+        "num_counters": "i32",
+        "stride_lb": "i32",
+        "stride_ln": "i32",
+        "stride_db": "i32",
+        "stride_dn": "i32",
+    }
+    constants = {
+        "TRAVERSAL": traversal,
+        "CUT": filters,
+        "BLOCK": config.block,
+        "BLOCK_C": config.block // 4,
+        "BLOCK_N": 64,
+    }
+    return _builder(
+        "verify_rejection",
+        "rejection_kernel",
+        pointers,
+        scalars,
+        constants,
+        8,
+        {*pointers, *(name for name in scalars if name.startswith("stride_")), "vocab_size"},
+    ) | {"capability": capability}
+
+
+def ancestry(capability, bits=True):
+    pointers = {
+        "parents_ptr": "i64",
+        "num_nodes_ptr": "i64",
+        "bits_ptr": "i32" if bits else None,
+        "depths_ptr": None if bits else "i64",
+    }
+    scalars = {"capacity": "i32", "width": "i32"}
+    constants = {"BITS": bits, "DEPTHS": not bits, "BLOCK_W": 8}
+    return _builder("tree_building", "ancestry_kernel", pointers, scalars, constants, 1) | {
+        "capability": capability
+    }
+
+
+def select(capability, candidates=2048):
+    pointers = {
+        "scores_ptr": "fp32",
+        "parents_ptr": "i64",
+        "nodes_ptr": "i64",
+        "new_parents_ptr": "i64",
+        "counts_ptr": "i64",
+    }
+    scalars = {"candidates": "i32", "max_nodes": "i32"}
+    constants = {"DOUBLINGS": candidates.bit_length() - 1, "BLOCK_C": candidates, "BLOCK_N": 256}
+    return _builder("tree_building", "select_kernel", pointers, scalars, constants, 8) | {
+        "capability": capability
+    }
+
+
+def scan(capability):
+    pointers = {"tokens_ptr": "i64", "lens_ptr": "i64", "ranks_ptr": "i64"}
+    scalars = {"max_ngram": "i32", "num_matches": "i32", "min_ngram": "i32", "stride_tb": "i32"}
+    return _builder(
+        "ngram_match", "scan_kernel", pointers, scalars, {"BLOCK": 256, "BLOCK_M": 4}, 4
+    ) | {"capability": capability}
+
+
+def continuation(capability):
+    pointers = {
+        "tokens_ptr": "i64",
+        "lens_ptr": "i64",
+        "ranks_ptr": "i64",
+        "continuations_ptr": "i64",
+        "match_length_ptr": "i64",
+    }
+    scalars = {"num_ranks": "i32", "num_matches": "i32", "length": "i32", "stride_tb": "i32"}
+    constants = {"LONGEST_ONLY": True, "BLOCK_R": 1024, "BLOCK_L": 16}
+    return _builder("ngram_match", "continue_kernel", pointers, scalars, constants, 4) | {
+        "capability": capability
+    }
+
+
+def compact(capability, word=16, columns=64):
+    pointers = {"table_ptr": "i64", "path_ptr": "i64", "accept_ptr": "i64", "prefix_ptr": "i64"}
+    constants = {
+        "FIELDS": 6,
+        "WORD": min(word, 4),
+        "ALIGNED": word == 16,
+        "BLOCK_R": 16,
+        "BLOCK_D": columns,
+        "BLOCK_N": 64,
+    }
+    return _builder("compaction", "compact_kernel", pointers, {"capacity": "i32"}, constants, 4) | {
+        "capability": capability
+    }
+
+
+def rotary(capability, head_dim=128, interleaved=False, dtype="bf16"):
+    names = ("q", "k", "v", "cos", "sin", "k_cache", "v_cache", "out")
+    pointers = {f"{name}_ptr": dtype for name in names} | {"prefix_ptr": "i64"}
+    sizes = ("num_nodes", "slots", "q_heads", "kv_heads", "rotary_dim")
+    qkv = [f"{one}{axis}" for one in "qkv" for axis in "bhnd"]
+    strides = [*qkv, "cb", "cn", "sb", "sn", "kcb", "kch", "kcs", "vcb", "vch", "vcs"]
+    scalars = dict.fromkeys((*sizes, *(f"stride_{name}" for name in strides)), "i32")
+    # The launcher specialises on unit strides, as Triton does with any argument equal to 1.
+    units = {"stride_qd": 1, "stride_kd": 1, "stride_vd": 1}
+    constants = {
+        "HEAD_DIM": head_dim,
+        "VALUE_DIM": head_dim,
+        "INTERLEAVED": interleaved,
+        "BLOCK_D": 128,
+        "BLOCK_V": 128,
+        **units,
+    }
+    scalars = {name: kind for name, kind in scalars.items() if name not in units}
+    return _builder("rotary", "append_kernel", pointers, scalars, constants, 1) | {
+        "capability": capability
+    }
