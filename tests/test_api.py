@@ -626,15 +626,15 @@ def test_construction_leaves_the_models_as_they_were():
     assert states(spec) == before and target.training
 
 
-def test_models_in_training_mode_are_asked_without_dropout(own_spec):
+@pytest.mark.parametrize("capture", ["auto", False])
+def test_models_in_training_mode_are_asked_without_dropout(capture):
+    target, draft = (copy.deepcopy(model).train() for model in tiny_pair("gpt2"))
+    assert target.config.resid_pdrop > 0 and target.transformer.h[0].mlp.dropout.training
+    spec = TreeSpeculator(target, draft, tree=SHAPE, capture=capture)
     ids, _ = prompt_batch(1)
-    expected = own_spec.generate(ids, **GREEDY)
-    for model in (own_spec.target, own_spec._model.model):
-        model.train()
-        for module in model.modules():
-            if hasattr(module, "attention_dropout"):
-                module.attention_dropout = 0.5
-    assert first_difference(own_spec.generate(ids, **GREEDY), expected) is None
+    found = spec.generate(ids, **GREEDY)
+    assert target.training and draft.transformer.h[0].mlp.dropout.training
+    assert first_difference(found, tiny_pair("gpt2")[0].generate(ids, **GREEDY)) is None
 
 
 def test_success_leaves_the_models_as_they_were(odd_spec):

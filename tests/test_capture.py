@@ -239,7 +239,7 @@ def test_changed_weights_make_a_kept_prefix_stale(own_pair):
     ids, _ = prompt_batch(1)
     spec.prefill(ids[:, :12])
     assert_lossless(spec)
-    scale_in_place(target)
+    replace_parameter(target)
     assert_lossless(spec)
 
 

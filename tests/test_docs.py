@@ -1,4 +1,4 @@
-"""The pages: their Python runs as written, their links lead somewhere, and the picture is the script's."""
+"""The pages: their Python runs as written, links lead somewhere, the picture is the script's."""
 
 from __future__ import annotations
 

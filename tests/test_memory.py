@@ -16,6 +16,7 @@ from lossless_checks import prompt_batch
 from tiny_models import prompts, tiny_pair
 
 from treespec import BestFirstTree, Chain, TreeSpeculator
+from treespec.sampling import CoupledNoise
 
 ROUNDS = 2000
 MOST_GROWTH_MB = 4.0
@@ -115,6 +116,17 @@ def test_no_tensors_pile_up_over_calls():
     for _ in range(5):
         calls()
     assert count_tensors() <= before + 5
+
+
+def test_noise_is_kept_for_a_few_positions_only():
+    noise = CoupledNoise(1, [0, 1], 50, torch.device("cpu"))
+    first = [noise.at(row, 0).clone() for row in range(2)]
+    for position in range(1000):
+        for row in range(2):
+            noise.at(row, position)
+    assert len(noise._blocks) <= 2 * 3
+    # and it is the same when it is made again
+    assert all(torch.equal(noise.at(row, 0), first[row]) for row in range(2))
 
 
 def test_buffers_are_allocated_once_and_keep_their_address():

@@ -153,16 +153,26 @@ def test_rows_that_finish_at_different_times():
     ids, mask = prompt_batch(4)
     options = {
         **SAMPLE,
-        "seed": 4,
+        "seed": 7,
         "eos_token_id": list(range(1, 9)),
         "pad_token_id": 0,
         "max_new_tokens": 80,
     }
     expected = speculator("llama", "chain", "none").generate(ids, mask, **options)
-    lengths = {int((row[ids.shape[1] :] != 0).sum()) for row in expected}
-    assert len(lengths) >= 3
+    lengths = [int((row[ids.shape[1] :] != 0).sum()) for row in expected]
+    assert len(set(lengths)) == 4 and lengths == sorted(lengths), (
+        "the last row takes others' places"
+    )
     found = speculator("llama", "best_first", "merged").generate(ids, mask, **options)
     assert first_difference(found, expected) is None
+    # and it is the text of a call in which no row ends, up to its first end
+    endless = speculator("llama", "best_first", "draft").generate(
+        ids, mask, **{**options, "eos_token_id": None}
+    )
+    for row, text in zip(found.tolist(), endless.tolist()):
+        kept = [k for k in range(ids.shape[1], len(text)) if text[k] in options["eos_token_id"]]
+        end = kept[0] + 1 if kept else len(text)
+        assert row[:end] == text[:end] and not any(row[end:])
 
 
 # --- seeds ---------------------------------------------------------------------------------------
