@@ -1,11 +1,14 @@
-"""Speed at a size nobody bundles: a target of random weights, with the acceptance of a recorded run replayed.
+"""Speed at a size nobody bundles: a target of random weights, with the acceptance of a recorded run
+replayed.
 
     python benchmarks/sized_pair.py --output benchmarks/results/NAME.json
 
-A random target has no draft that agrees with it, so agreement is *simulated*: the demo pair is run for real and the accept length of
-every round is written down; then a real draft model of the given size does its real forwards for the sized target, and its answers
-are replaced so that each round accepts as many tokens as the recorded one did. Times are real, acceptance is replayed; every row and
-the JSON say so. The text is checked against `target.generate` in float32 before any time counts.
+A random target has no draft that agrees with it, so agreement is *simulated*: the demo pair is run
+for real and the accept length of every round is written down; then a real draft model of the given
+size does its real forwards for the sized target, and its answers are replaced so that each round
+accepts as many tokens as the recorded one did. Times are real, acceptance is replayed; every row
+and the JSON say so. The text is checked against `target.generate` in float32 before any time
+counts.
 """
 
 from __future__ import annotations
@@ -40,7 +43,9 @@ class ReplayedDraft(ModelSource):
         accept_lengths: drafted tokens to get right, a round each; repeated when used up.
     """
 
-    def __init__(self, model: TreeModel, max_rows: int, text: list[int], accept_lengths: list[int]) -> None:
+    def __init__(
+        self, model: TreeModel, max_rows: int, text: list[int], accept_lengths: list[int]
+    ) -> None:
         super().__init__(model, max_rows)
         self.text = text
         self.accept_lengths = accept_lengths
@@ -60,7 +65,8 @@ class ReplayedDraft(ModelSource):
         return self._prescribe(super().level_logits(tokens, depth, visible, offset), depth)
 
     def _prescribe(self, logits: torch.Tensor, depth: int) -> torch.Tensor:
-        """The likeliest node of a level is the one on the path: it gets the right child, or a wrong one."""
+        """The likeliest node of a level is the one on the path: it gets the right child, or a wrong
+        one."""
         place = self._length + depth
         right = self.text[place] if place < len(self.text) else 0
         wanted = self.accept_lengths[self._round % len(self.accept_lengths)]
@@ -77,21 +83,33 @@ def recorded_accept_lengths(shape: BestFirstTree, new_tokens: int) -> list[int]:
     spec = TreeSpeculator(target, [draft, "ngram"], shape)
     lengths: list[int] = []
     observe = spec._policy.observe
-    spec._policy.observe = lambda outcome: (lengths.append(len(outcome.paths[0]) - 1), observe(outcome))
+    spec._policy.observe = lambda outcome: (
+        lengths.append(len(outcome.paths[0]) - 1),
+        observe(outcome),
+    )
     for prompt in load_prompts("dev")[::10]:
-        spec.generate(tokenizer(prompt["prompt"], return_tensors="pt").input_ids[:, -256:], max_new_tokens=new_tokens)
+        spec.generate(
+            tokenizer(prompt["prompt"], return_tensors="pt").input_ids[:, -256:],
+            max_new_tokens=new_tokens,
+        )
     return lengths
 
 
-def run_engine(engine: Engine, spec: TreeSpeculator, ids: torch.Tensor, new_tokens: int) -> list[int]:
-    request, _ = spec._prepare(ids, None, None, None, {"max_new_tokens": new_tokens, "do_sample": False})
+def run_engine(
+    engine: Engine, spec: TreeSpeculator, ids: torch.Tensor, new_tokens: int
+) -> list[int]:
+    request, _ = spec._prepare(
+        ids, None, None, None, {"max_new_tokens": new_tokens, "do_sample": False}
+    )
     for _ in engine.run(request):
         pass
     return engine.rows[0].new_tokens
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--hidden", type=int, default=768)
@@ -110,10 +128,18 @@ def main() -> int:
 
     def model(layers: int, hidden: int):
         config = LlamaConfig(
-            vocab_size=args.vocabulary, hidden_size=hidden, intermediate_size=hidden * 8 // 3, num_hidden_layers=layers,
-            num_attention_heads=hidden // 64, num_key_value_heads=hidden // 64, max_position_embeddings=2048,
-            bos_token_id=None, eos_token_id=None, pad_token_id=0, initializer_range=0.05,
-        )  # fmt: skip
+            vocab_size=args.vocabulary,
+            hidden_size=hidden,
+            intermediate_size=hidden * 8 // 3,
+            num_hidden_layers=layers,
+            num_attention_heads=hidden // 64,
+            num_key_value_heads=hidden // 64,
+            max_position_embeddings=2048,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=0,
+            initializer_range=0.05,
+        )
         torch.manual_seed(layers)
         return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype)).eval()
 
@@ -123,13 +149,15 @@ def main() -> int:
     lengths = recorded_accept_lengths(shape, args.new_tokens)
     spec = TreeSpeculator(target, None)
     ids = torch.randint(args.vocabulary, (1, 64), generator=torch.Generator().manual_seed(0))
-    # the text to replay is that of the engine's plain decoding: in 16 bits transformers' own may round elsewhere
+    # the text to replay is that of the engine's plain decoding: in 16 bits transformers' own may
+    # round elsewhere
     plain_engine = Engine(spec._target, [], Policy())
     text = ids[0].tolist() + run_engine(plain_engine, spec, ids, args.new_tokens)
     policy = make_policy(shape, True, False)
     source = ReplayedDraft(TreeModel(draft, "draft"), policy.max_rows, text, lengths)
     tree_engine = Engine(spec._target, [source], policy)
-    # random weights make many ties in 16 bits, where trees and single tokens round differently: settle on one text
+    # random weights make many ties in 16 bits, where trees and single tokens round differently:
+    # settle on one text
     for _ in range(args.new_tokens):
         found = ids[0].tolist() + run_engine(tree_engine, spec, ids, args.new_tokens)
         if found == source.text:
@@ -137,12 +165,18 @@ def main() -> int:
         source.text = found
 
     methods = {
-        "transformers plain": lambda: target.generate(ids, max_new_tokens=args.new_tokens, do_sample=False)[0, 64:].tolist(),
+        "transformers plain": lambda: target.generate(
+            ids, max_new_tokens=args.new_tokens, do_sample=False
+        )[0, 64:].tolist(),
         "treespec plain": lambda: run_engine(plain_engine, spec, ids, args.new_tokens),
-        "treespec tree, replayed acceptance": lambda: run_engine(tree_engine, spec, ids, args.new_tokens),
+        "treespec tree, replayed acceptance": lambda: run_engine(
+            tree_engine, spec, ids, args.new_tokens
+        ),
     }
     texts = {name: method() for name, method in methods.items()}
-    if args.dtype == "float32" and any(found != texts["transformers plain"] for found in texts.values()):
+    if args.dtype == "float32" and any(
+        found != texts["transformers plain"] for found in texts.values()
+    ):
         print("error: the text is not identical; nothing is reported", file=sys.stderr)
         return 1
     for method in methods.values():
@@ -161,22 +195,36 @@ def main() -> int:
             "ratio": base / statistics.median(seconds),
             "tokens_per_second": args.new_tokens / statistics.median(seconds),
             "identical_to_plain_engine": texts[name] == texts["treespec plain"],
-            "acceptance": "replayed from the demo pair, simulated" if "replayed" in name else "none",
+            "acceptance": "replayed from the demo pair, simulated"
+            if "replayed" in name
+            else "none",
             "seconds": seconds,
         }
         if "replayed" in name:
             stats = tree_engine.stats
             row["tokens_per_round"] = stats.tokens_per_round
             row["round_ms"] = {
-                part: getattr(stats, f"{part}_ms") / stats.rounds for part in ("draft", "verify", "commit")
+                part: getattr(stats, f"{part}_ms") / stats.rounds
+                for part in ("draft", "verify", "commit")
             }
             print(f"tokens a round {stats.tokens_per_round:.2f}, ms a round {row['round_ms']}")
         rows.append(row)
         print(f"{name:36s} {row['tokens_per_second']:7.1f} tok/s  {row['ratio']:.2f}x")
-    print(f"target of {parameters / 1e6:.0f} M random weights; acceptance is replayed, not the models' own")
+    print(
+        f"target of {parameters / 1e6:.0f} M random weights; acceptance is replayed, not the "
+        "models' own"
+    )
     if args.output:
-        arguments = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-        record = {"environment": environment(), "arguments": arguments, "parameters": parameters, "rows": rows}
+        arguments = {
+            key: str(value) if isinstance(value, Path) else value
+            for key, value in vars(args).items()
+        }
+        record = {
+            "environment": environment(),
+            "arguments": arguments,
+            "parameters": parameters,
+            "rows": rows,
+        }
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(record, indent=1) + "\n")
     return 0

@@ -1,6 +1,8 @@
-"""treespec: the text a Hugging Face causal LM would write, several times faster, by lossless tree speculation.
+"""treespec: the text a Hugging Face causal LM would write, several times faster, by lossless tree
+speculation.
 
-Importing this package is cheap: torch, transformers and triton are imported when a name is first used.
+Importing this package is cheap: torch, transformers and triton are imported when a name is first
+used.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ _EXPORTS = {
 
 __all__ = ["__version__", *_EXPORTS]
 
-# In a checkout the kernels lie beside this package, not inside it; an installed package has them inside.
+# In a checkout the kernels lie beside this package, not inside it; an installed package has them
+# inside.
 _CHECKOUT = Path(__file__).resolve().parent.parent
 if (_CHECKOUT / "kernels" / "ops.py").is_file() and (_CHECKOUT / "setup.py").is_file():
     if str(_CHECKOUT) not in __path__:

@@ -1,8 +1,9 @@
 """From the target's logits on a tree to the path that survives.
 
-The walk starts at the root and picks the target's own token there; while a child carries it, it steps down and picks again.
-Every pick sees exactly the tokens that plain decoding would have had, so any logits processor and any stopping rule
-works unchanged, and logits of nodes off the path are never looked at. The picks of a path number its length, not the tree's.
+The walk starts at the root and picks the target's own token there; while a child carries it, it
+steps down and picks again. Every pick sees exactly the tokens that plain decoding would have had,
+so any logits processor and any stopping rule works unchanged, and logits of nodes off the path are
+never looked at. The picks of a path number its length, not the tree's.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from treespec.tree import Tree
 
 @dataclass
 class RowVerdict:
-    """One row's outcome: `path` of nodes from the root on, `tokens` picked (the last is the bonus token).
+    """One row's outcome: `path` of nodes from the root on, `tokens` picked (the last is the bonus
+    token).
 
     `ended` says that the last token met the row's stopping rule.
     """
@@ -67,7 +69,8 @@ def walk(
         if keep_scores:
             verdict.scores.append(scores.to(torch.float32, copy=True))
             verdict.logits.append(logits[node][None].to(torch.float32, copy=True))
-        # asked at once: processors and stopping rules must not see what plain decoding would not have written
+        # asked at once: processors and stopping rules must not see what plain decoding would not
+        # have written
         verdict.ended = ends(token, ids[:, : length + step + 1])
         if verdict.ended or step + 1 >= max_tokens:
             return verdict

@@ -1,9 +1,11 @@
-"""`tree="auto"`: what to draft, decided every round by what it is expected to gain against what it costs.
+"""`tree="auto"`: what to draft, decided every round by what it is expected to gain against what it
+costs.
 
-The yardstick is the running rate of tokens per millisecond. A step that costs `t` ms (asking the draft, one more level, a wider
-verification) pays when the tokens it is expected to add exceed `rate * t`; that is the optimal stopping rule of a
-renewal-reward process. Costs are running means of measured times, expectations running shares of accepted proposals.
-Nothing here can change the text, only its speed. See docs/design/003-auto.md.
+The yardstick is the running rate of tokens per millisecond. A step that costs `t` ms (asking the
+draft, one more level, a wider verification) pays when the tokens it is expected to add exceed `rate
+* t`; that is the optimal stopping rule of a renewal-reward process. Costs are running means of
+measured times, expectations running shares of accepted proposals. Nothing here can change the text,
+only its speed. See docs/design/003-auto.md.
 """
 
 from __future__ import annotations
@@ -11,9 +13,15 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import torch
 
-from treespec.policy import COUPLED_SHARPNESS, GREEDY_SHARPNESS, LOOKUP_LATER, LOOKUP_PRIOR, Outcome, Policy
+from treespec.policy import (
+    COUPLED_SHARPNESS,
+    GREEDY_SHARPNESS,
+    LOOKUP_LATER,
+    LOOKUP_PRIOR,
+    Outcome,
+    Policy,
+)
 
 # Few widths, so that each is recorded and measured early.
 _NODE_SIZES = (1, 4, 8, 12, 16, 24, 32, 48, 64)
@@ -112,8 +120,6 @@ class AutoPolicy(Policy):
         self._silence, self._silent_rounds = 8, 0
         self._rounds = 0
 
-    # --- yardstick ----------------------------------------------------------------------------------------------
-
     @property
     def rate(self) -> float | None:
         """Tokens per millisecond lately; None before any time is known."""
@@ -122,23 +128,30 @@ class AutoPolicy(Policy):
     def _pays(self, tokens: float, milliseconds: float | None) -> bool:
         return milliseconds is None or self.rate is None or tokens > self.rate * milliseconds
 
-    # --- decisions ----------------------------------------------------------------------------------------------
-
     def lookup_chances(self, match_lengths):
         slots = [min(length, len(LOOKUP_PRIOR) - 1) for length in match_lengths]
-        return [self.lookup_first[k].value if k else 0.0 for k in slots], [self.lookup_later[k].value for k in slots]
+        return [self.lookup_first[k].value if k else 0.0 for k in slots], [
+            self.lookup_later[k].value for k in slots
+        ]
 
     def sharpness(self, picker):
-        return self._sharpness[picker.do_sample] if picker.knows_pick or not picker.do_sample else 1.0
+        return (
+            self._sharpness[picker.do_sample] if picker.knows_pick or not picker.do_sample else 1.0
+        )
 
     def wants_draft(self, lookup_scores):
         if not self.with_model:
             return False
         covered = 0.0
         if lookup_scores.shape[1]:
-            # what lookups are expected to bring without the draft, held against what the draft usually brings
+            # what lookups are expected to bring without the draft, held against what the draft
+            # usually brings
             covered = float(lookup_scores.exp().sum(1).mean())
-        gain = self.draft_gain.value - min(covered, self.draft_gain.value) if covered else self.draft_gain.value
+        gain = (
+            self.draft_gain.value - min(covered, self.draft_gain.value)
+            if covered
+            else self.draft_gain.value
+        )
         cost = None
         if self.root_ms.value is not None:
             cost = self.root_ms.value + (self.level_ms.value or 0.0)
@@ -184,8 +197,6 @@ class AutoPolicy(Policy):
                 break
         return best
 
-    # --- learning -----------------------------------------------------------------------------------------------
-
     def observe(self, outcome: Outcome) -> None:
         self._rounds += 1
         rows = len(outcome.paths)
@@ -194,7 +205,9 @@ class AutoPolicy(Policy):
         milliseconds = outcome.total_ms
         if usual is not None:
             # one slow round (a recording, a busy machine) must not move the yardstick
-            milliseconds = min(milliseconds, 2.0 * (usual + outcome.draft_levels * (self.level_ms.value or usual)))
+            milliseconds = min(
+                milliseconds, 2.0 * (usual + outcome.draft_levels * (self.level_ms.value or usual))
+            )
             self._tokens = self._tokens * _FORGET + outcome.new_tokens / rows
             self._milliseconds = self._milliseconds * _FORGET + milliseconds
         if outcome.draft_levels:
@@ -222,8 +235,12 @@ class AutoPolicy(Policy):
                     break
                 hit = float(following is not None)
                 self.draft_hits.add(hit, 1.0)
-                expected = float(np.exp(scores[row][parents[row] == node] - scores[row, node]).sum())
-                factor = self._sharpness[outcome.sampled] * math.exp(0.05 * (hit - min(expected, 1.0)))
+                expected = float(
+                    np.exp(scores[row][parents[row] == node] - scores[row, node]).sum()
+                )
+                factor = self._sharpness[outcome.sampled] * math.exp(
+                    0.05 * (hit - min(expected, 1.0))
+                )
                 self._sharpness[outcome.sampled] = min(max(factor, 0.5), 6.0)
 
     def _learn_lookup(self, outcome: Outcome) -> None:
@@ -234,22 +251,24 @@ class AutoPolicy(Policy):
             if slot == 0:
                 continue
             offered = set(parents[row][lookup[row]].tolist())
-            run = 0
+            shares = self.lookup_first
             for node, following in zip(path, [*path[1:], None]):
                 if node not in offered:
                     break
                 hit = following is not None and bool(lookup[row, following])
-                (self.lookup_first if run == 0 else self.lookup_later)[slot].add(float(hit), 1.0)
+                shares[slot].add(float(hit), 1.0)
+                shares = self.lookup_later
                 if not hit:
                     break
-                run += 1
 
     def describe(self) -> str:
         rate = self.rate
         if rate is None:
             return "auto: nothing measured yet"
         verify = ", ".join(
-            f"{size}: {time.value:.2f}" for size, time in self.verify.times.items() if time.value is not None
+            f"{size}: {time.value:.2f}"
+            for size, time in self.verify.times.items()
+            if time.value is not None
         )
         lines = [
             f"auto: {rate:.3f} tokens/ms lately; a step pays when it adds more than that per ms",
@@ -258,11 +277,16 @@ class AutoPolicy(Policy):
         if self.with_model:
             level = self.level_ms.value
             lines.append(
-                f"draft: {'not measured' if level is None else f'{level:.2f} ms'} a level, right child in "
-                f"{self.draft_hits.value:.0%} of expanded nodes, {self.draft_gain.value:.2f} tokens kept when asked, "
-                f"sharpness {self._sharpness[False]:.1f} greedy, {self._sharpness[True]:.1f} sampled"
+                f"draft: {'not measured' if level is None else f'{level:.2f} ms'} a level, right "
+                "child in "
+                f"{self.draft_hits.value:.0%} of expanded nodes, {self.draft_gain.value:.2f} "
+                "tokens kept when asked, "
+                f"sharpness {self._sharpness[False]:.1f} greedy, {self._sharpness[True]:.1f} "
+                "sampled"
             )
         if self.lookup_length:
-            shares = ", ".join(f"{k}: {share.value:.0%}" for k, share in enumerate(self.lookup_first) if k)
+            shares = ", ".join(
+                f"{k}: {share.value:.0%}" for k, share in enumerate(self.lookup_first) if k
+            )
             lines.append(f"lookup: right first token by match length {shares}")
         return "\n".join(lines)

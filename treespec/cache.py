@@ -1,8 +1,10 @@
-"""Key and value rows of one model for a batch of sequences: a committed prefix each, then the nodes of a tree.
+"""Key and value rows of one model for a batch of sequences: a committed prefix each, then the nodes
+of a tree.
 
-Row `r` of a sequence holds the token at position `r` while `r < prefix_lens[b]`; rows after that hold nodes in the
-order they were forwarded. All layers of one kind live in one tensor, so committing a path moves rows of every
-layer at once, and views of it never change address while the batch and the capacity stay.
+Row `r` of a sequence holds the token at position `r` while `r < prefix_lens[b]`; rows after that
+hold nodes in the order they were forwarded. All layers of one kind live in one tensor, so
+committing a path moves rows of every layer at once, and views of it never change address while the
+batch and the capacity stay.
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ class TreeCache:
                 kinds[kind] = kinds.get(kind, 0) + 1
         # zeros: rows no sequence ever wrote are multiplied by weight 0, which must not meet a NaN
         self._storage = {
-            kind: torch.zeros(count, batch, kind[0], capacity, kind[1], dtype=kind[2], device=kind[3])
+            kind: torch.zeros(
+                count, batch, kind[0], capacity, kind[1], dtype=kind[2], device=kind[3]
+            )
             for kind, count in kinds.items()
         }
         self._active = batch
@@ -75,7 +79,8 @@ class TreeCache:
             self._set_views()
 
     def clear_nodes(self) -> None:
-        """Zeroes all rows behind the prefixes: a NaN left there would spoil sums even with weight 0."""
+        """Zeroes all rows behind the prefixes: a NaN left there would spoil sums even with weight
+        0."""
         for row, prefix in enumerate(self.prefix_lens):
             for storage in self._storage.values():
                 storage[:, row, :, prefix:].zero_()
@@ -104,7 +109,8 @@ class TreeCache:
         self._set_views()
 
     def commit(self, paths: list[list[int]]) -> None:
-        """Keeps, for every sequence, the node rows `paths[b]` (offsets past its prefix, ascending) behind its prefix."""
+        """Keeps, for every sequence, the node rows `paths[b]` (offsets past its prefix, ascending)
+        behind its prefix."""
         for row, path in enumerate(paths):
             start = self.prefix_lens[row]
             self.prefix_lens[row] = start + len(path)

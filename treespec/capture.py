@@ -1,11 +1,13 @@
-"""Recorded forwards: a model's forward as a straight line of ATen calls, replayed without its Python modules.
+"""Recorded forwards: a model's forward as a straight line of ATen calls, replayed without its
+Python modules.
 
-On a CPU most of a small forward is Python: module calls, keyword plumbing, shape arithmetic. A `Recorder` notes every
-ATen call of one eager forward; `compile_recording` writes them out as one flat Python function over the same
-parameters and buffers. Work that depends on more than its tensor arguments (cache writes, attention over a growing
-prefix) goes through `opaque`, which the recording calls again instead of what it called inside.
-What a replay may not do (read a tensor's value on the host, outputs of unknown shape) ends the recording with
-`RecordingRefused`, and the eager forward stays in use. See docs/design/002-recorded-forwards.md.
+On a CPU most of a small forward is Python: module calls, keyword plumbing, shape arithmetic. A
+`Recorder` notes every ATen call of one eager forward; `compile_recording` writes them out as one
+flat Python function over the same parameters and buffers. Work that depends on more than its tensor
+arguments (cache writes, attention over a growing prefix) goes through `opaque`, which the recording
+calls again instead of what it called inside. What a replay may not do (read a tensor's value on the
+host, outputs of unknown shape) ends the recording with `RecordingRefused`, and the eager forward
+stays in use. See docs/design/002-recorded-forwards.md.
 """
 
 from __future__ import annotations
@@ -111,7 +113,8 @@ class Recorder(TorchDispatchMode):
 
 
 class _Writer:
-    """Turns steps into Python source: tensors become names, everything else literals or constants."""
+    """Turns steps into Python source: tensors become names, everything else literals or
+    constants."""
 
     def __init__(self, inputs: list[torch.Tensor]) -> None:
         self.names = {id(tensor): f"i{k}" for k, tensor in enumerate(inputs)}
@@ -149,7 +152,8 @@ class _Writer:
         return self.constant(value)
 
     def knows(self, out: Any) -> bool:
-        """Whether a step's result is a tensor that already has a name, because the call changed nothing."""
+        """Whether a step's result is a tensor that already has a name, because the call changed
+        nothing."""
         return isinstance(out, torch.Tensor) and id(out) in self.names
 
     def result(self, out: Any, step: int) -> list[str]:
@@ -168,7 +172,8 @@ class _Writer:
 def compile_recording(
     steps: list[tuple[Callable, tuple, dict, Any]], inputs: list[torch.Tensor], output: torch.Tensor
 ) -> Callable[..., torch.Tensor]:
-    """One function of `inputs` that makes the recorded calls again and returns what became of `output`.
+    """One function of `inputs` that makes the recorded calls again and returns what became of
+    `output`.
 
     Raises:
         RecordingRefused: if `output` is not the result of a recorded call.
@@ -227,10 +232,16 @@ def pack_linears(
 
     Only where the weight is a constant of the recording, not something computed in it.
     """
-    computed = {id(t) for _, _, _, out in steps for t in (out if isinstance(out, (list, tuple)) else [out])}
+    computed = {
+        id(t) for _, _, _, out in steps for t in (out if isinstance(out, (list, tuple)) else [out])
+    }
     groups: dict[int, list[int]] = {}
     for k, (func, args, _, _) in enumerate(steps):
-        if func is _aten.linear.default and id(args[1]) not in computed and packed.accepts(args[0], args[1]):
+        if (
+            func is _aten.linear.default
+            and id(args[1]) not in computed
+            and packed.accepts(args[0], args[1])
+        ):
             groups.setdefault(id(args[0]), []).append(k)
     replaced: dict[int, tuple | None] = {}
     for members in groups.values():
@@ -245,23 +256,33 @@ def pack_linears(
             replaced.update(dict.fromkeys(members[1:]))
         else:
             for k, w, bias in zip(members, weights, biases):
-                replaced[k] = (_packed_linear, (steps[k][1][0], packed.get((w,), rows), bias), {}, steps[k][3])
+                replaced[k] = (
+                    _packed_linear,
+                    (steps[k][1][0], packed.get((w,), rows), bias),
+                    {},
+                    steps[k][3],
+                )
     return [step for k, old in enumerate(steps) if (step := replaced.get(k, old)) is not None]
 
 
 _linear_pointwise = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
-def _packed_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _packed_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
     return _linear_pointwise(x, weight, bias, "none", [], "")
 
 
-def _split_linear(x: torch.Tensor, weight: torch.Tensor, sizes: list[int]) -> tuple[torch.Tensor, ...]:
+def _split_linear(
+    x: torch.Tensor, weight: torch.Tensor, sizes: list[int]
+) -> tuple[torch.Tensor, ...]:
     return _linear_pointwise(x, weight, None, "none", [], "").split_with_sizes(sizes, -1)
 
 
 class PackedWeights:
-    """oneDNN's own layout of weight matrices, made once per group of weights and shared by all recordings.
+    """oneDNN's own layout of weight matrices, made once per group of weights and shared by all
+    recordings.
 
     Args:
         max_bytes: most bytes all packed copies may take; weights beyond are left as they are.

@@ -1,4 +1,5 @@
-"""Everything that can be wrong with a call, found before any work: each error names the argument, what was expected, what came."""
+"""Everything that can be wrong with a call, found before any work: each error names the argument,
+what was expected, what came."""
 
 from __future__ import annotations
 
@@ -14,14 +15,19 @@ _SEED_LIMIT = 1 << 63
 
 
 def option(name: str, value: Any, allowed: tuple) -> None:
-    if not any(value is choice or (isinstance(value, str) and value == choice) for choice in allowed):
+    if not any(
+        value is choice or (isinstance(value, str) and value == choice) for choice in allowed
+    ):
         listed = ", ".join(repr(choice) for choice in allowed)
         raise ValueError(f"{name} must be one of {listed}; got {value!r}")
 
 
 def causal_lm(name: str, model: Any) -> None:
     if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"{name} must be a loaded transformers causal LM; got {type(model).__name__} {_short(model)}")
+        raise TypeError(
+            f"{name} must be a loaded transformers causal LM; got {type(model).__name__} "
+            f"{_short(model)}"
+        )
 
 
 def draft_parts(draft: Any, target: PreTrainedModel) -> list:
@@ -30,7 +36,9 @@ def draft_parts(draft: Any, target: PreTrainedModel) -> list:
         return []
     parts = list(draft) if isinstance(draft, (list, tuple)) else [draft]
     if not parts:
-        raise ValueError("draft must name at least one source, or be None for plain decoding; got an empty list")
+        raise ValueError(
+            "draft must name at least one source, or be None for plain decoding; got an empty list"
+        )
     models = 0
     for part in parts:
         if isinstance(part, PreTrainedModel):
@@ -38,13 +46,19 @@ def draft_parts(draft: Any, target: PreTrainedModel) -> list:
             _draft_model(part, target)
         elif isinstance(part, str):
             if part != "ngram":
-                raise ValueError(f'draft must be a causal LM, "ngram", a DraftSource or a list of these; got {part!r}')
+                raise ValueError(
+                    'draft must be a causal LM, "ngram", a DraftSource or a list of these; got '
+                    f"{part!r}"
+                )
         elif not isinstance(part, DraftSource):
             raise TypeError(
-                f'draft must be a causal LM, "ngram", a DraftSource, a list of these or None; got {type(part).__name__}'
+                'draft must be a causal LM, "ngram", a DraftSource, a list of these or None; got '
+                f"{type(part).__name__}"
             )
         elif not isinstance(part, OneShotSource):
-            raise NotImplementedError(f"draft: {type(part).__name__} is not a OneShotSource; only those can be plugged in")
+            raise NotImplementedError(
+                f"draft: {type(part).__name__} is not a OneShotSource; only those can be plugged in"
+            )
     if models > 1:
         raise NotImplementedError(f"draft: at most one model can draft at a time; got {models}")
     return parts
@@ -72,20 +86,29 @@ def input_ids(ids: Any, vocab_size: int) -> None:
     if ids.dim() != 2:
         raise ValueError(f"input_ids must be [B, W]; got shape {list(ids.shape)}")
     if ids.numel() == 0:
-        raise ValueError(f"input_ids must hold at least one token a row; got shape {list(ids.shape)}")
+        raise ValueError(
+            f"input_ids must hold at least one token a row; got shape {list(ids.shape)}"
+        )
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocab_size:
         wrong = low if low < 0 else high
-        raise ValueError(f"input_ids must be in [0, {vocab_size}), the target's vocabulary; got {wrong}")
+        raise ValueError(
+            f"input_ids must be in [0, {vocab_size}), the target's vocabulary; got {wrong}"
+        )
 
 
 def attention_mask(mask: Any, ids: torch.Tensor) -> None:
     if mask is None:
         return
     if not isinstance(mask, torch.Tensor):
-        raise TypeError(f"attention_mask must be a tensor like input_ids; got {type(mask).__name__}")
+        raise TypeError(
+            f"attention_mask must be a tensor like input_ids; got {type(mask).__name__}"
+        )
     if mask.shape != ids.shape:
-        raise ValueError(f"attention_mask must have the shape of input_ids {list(ids.shape)}; got {list(mask.shape)}")
+        raise ValueError(
+            f"attention_mask must have the shape of input_ids {list(ids.shape)}; got "
+            f"{list(mask.shape)}"
+        )
     unpadded(ids, mask)
 
 
@@ -98,9 +121,13 @@ def unpadded(ids: torch.Tensor, mask: torch.Tensor | None) -> list[torch.Tensor]
     ends = (kept.long().diff(dim=1) < 0).any(1).tolist()
     for row, (length, broken) in enumerate(zip(lengths, ends)):
         if length == 0:
-            raise ValueError(f"attention_mask must keep at least one token a row; row {row} keeps none")
+            raise ValueError(
+                f"attention_mask must keep at least one token a row; row {row} keeps none"
+            )
         if broken:
-            raise ValueError(f"attention_mask must be zeros then ones (left padding); row {row} is not")
+            raise ValueError(
+                f"attention_mask must be zeros then ones (left padding); row {row} is not"
+            )
     return [ids[row, ids.shape[1] - length :] for row, length in enumerate(lengths)]
 
 
@@ -108,7 +135,9 @@ def seed(value: Any) -> None:
     if value is None or isinstance(value, torch.Generator):
         return
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"seed must be an int, a torch.Generator or None; got {type(value).__name__}")
+        raise TypeError(
+            f"seed must be an int, a torch.Generator or None; got {type(value).__name__}"
+        )
     if not 0 <= value < _SEED_LIMIT:
         raise ValueError(f"seed must be in [0, 2**63); got {value}")
 
@@ -128,7 +157,9 @@ def generate_options(kwargs: dict, defaults: GenerationConfig) -> None:
             raise NotImplementedError(f"{name}: {reason}")
     config = kwargs.get("generation_config")
     if config is not None and not isinstance(config, GenerationConfig):
-        raise TypeError(f"generation_config must be a GenerationConfig; got {type(config).__name__}")
+        raise TypeError(
+            f"generation_config must be a GenerationConfig; got {type(config).__name__}"
+        )
 
     def value(name: str) -> Any:
         for source in (kwargs, config, defaults):
@@ -144,23 +175,37 @@ def generate_options(kwargs: dict, defaults: GenerationConfig) -> None:
         if given is not None and given < 1:
             raise ValueError(f"{name} must be at least 1; got {given}")
     if (value("num_beams") or 1) > 1:
-        raise NotImplementedError(f"num_beams: beam search is not supported; got {value('num_beams')}")
+        raise NotImplementedError(
+            f"num_beams: beam search is not supported; got {value('num_beams')}"
+        )
     if (value("num_beam_groups") or 1) > 1 or value("constraints") or value("force_words_ids"):
-        raise NotImplementedError("constraints: constrained and grouped beam search are not supported")
+        raise NotImplementedError(
+            "constraints: constrained and grouped beam search are not supported"
+        )
     if value("penalty_alpha") or value("dola_layers"):
-        raise NotImplementedError("penalty_alpha, dola_layers: contrastive and DoLa decoding are not supported")
+        raise NotImplementedError(
+            "penalty_alpha, dola_layers: contrastive and DoLa decoding are not supported"
+        )
     if (value("guidance_scale") or 1) != 1:
-        raise NotImplementedError("guidance_scale: classifier-free guidance needs a second forward a token")
+        raise NotImplementedError(
+            "guidance_scale: classifier-free guidance needs a second forward a token"
+        )
     if value("output_attentions") or value("output_hidden_states"):
-        raise NotImplementedError("output_attentions, output_hidden_states: trees do not give them in text order")
+        raise NotImplementedError(
+            "output_attentions, output_hidden_states: trees do not give them in text order"
+        )
     if value("prompt_lookup_num_tokens") or value("assistant_early_exit"):
-        raise NotImplementedError("prompt_lookup_num_tokens, assistant_early_exit: give the speculator its draft instead")
+        raise NotImplementedError(
+            "prompt_lookup_num_tokens, assistant_early_exit: give the speculator its draft instead"
+        )
     if value("do_sample"):
         _sampling_options(value)
 
 
 def _sampling_options(value) -> None:
-    temperature, top_p, top_k, min_p = (value(name) for name in ("temperature", "top_p", "top_k", "min_p"))
+    temperature, top_p, top_k, min_p = (
+        value(name) for name in ("temperature", "top_p", "top_k", "min_p")
+    )
     if temperature is not None and not temperature > 0:
         raise ValueError(f"temperature must be above 0 with do_sample=True; got {temperature}")
     if top_p is not None and not 0 < top_p <= 1:
@@ -190,7 +235,9 @@ def generation_config(config: GenerationConfig) -> None:
     generate_options({}, config)
 
 
-def stop_strings(given: Any, kwargs: dict, defaults: GenerationConfig, tokenizer: Any) -> list[str] | None:
+def stop_strings(
+    given: Any, kwargs: dict, defaults: GenerationConfig, tokenizer: Any
+) -> list[str] | None:
     """The stop strings of a call, wherever they were given."""
     config = kwargs.get("generation_config") or defaults
     strings = given if given is not None else getattr(config, "stop_strings", None)
@@ -206,8 +253,13 @@ def stop_strings(given: Any, kwargs: dict, defaults: GenerationConfig, tokenizer
 
 @contextlib.contextmanager
 def stop_strings_hidden(defaults: GenerationConfig, kwargs: dict):
-    """transformers would ask for a tokenizer it never passes on; the criterion is already among the others."""
-    configs = [c for c in (defaults, kwargs.get("generation_config")) if getattr(c, "stop_strings", None) is not None]
+    """transformers would ask for a tokenizer it never passes on; the criterion is already among the
+    others."""
+    configs = [
+        c
+        for c in (defaults, kwargs.get("generation_config"))
+        if getattr(c, "stop_strings", None) is not None
+    ]
     before = [config.stop_strings for config in configs]
     try:
         for config in configs:

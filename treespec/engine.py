@@ -1,8 +1,8 @@
 """The engine: state of a batch of sequences, and one round of grow, verify, accept, commit.
 
-Rows are ragged: each has its own length, tree and accepted path. A row that finishes leaves the batch at once and the last
-active row takes its place. The one host read of a round is that of the accepted tokens, which streaming and
-stopping need anyway.
+Rows are ragged: each has its own length, tree and accepted path. A row that finishes leaves the
+batch at once and the last active row takes its place. The one host read of a round is that of the
+accepted tokens, which streaming and stopping need anyway.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class Request:
         max_new_tokens: most new tokens of a row.
         picker: picks tokens.
         eos_ids: tokens that end a row.
-        stop: further stopping rule `(ids [1, L]) -> bool` of a row, asked after every token; or None.
+        stop: further stopping rule `(ids [1, L]) -> bool` of a row, asked after every token; or
+            None.
         pad_id: fills finished rows.
         keep_scores: keep scores and logits of every token.
     """
@@ -83,7 +84,8 @@ class Engine:
     def run(self, request: Request) -> Iterator[list[tuple[int, list[int]]]]:
         """Generates; after every round yields `(row index, new tokens)` of the rows that took part.
 
-        The rows' results are in `self.rows` when the iterator is exhausted, and hold what was yielded if it is closed early.
+        The rows' results are in `self.rows` when the iterator is exhausted, and hold what was
+        yielded if it is closed early.
         """
         started = time.perf_counter()
         stats = self.stats = SpeculationStats(per_row=[RowStats() for _ in request.prompts])
@@ -99,7 +101,10 @@ class Engine:
                 stats.total_ms = 1e3 * (time.perf_counter() - started)
                 yield news
                 if self._request is not request:
-                    raise RuntimeError("another call has taken this speculator over; close a stream before the next call")
+                    raise RuntimeError(
+                        "another call has taken this speculator over; close a stream before the "
+                        "next call"
+                    )
         except Exception:
             # buffers may hold NaN rows, which later calls would meet with weight 0
             if self._request is request:
@@ -111,8 +116,6 @@ class Engine:
                 for source in self.sources:
                     source.end()
 
-    # --- state --------------------------------------------------------------------------------------------------
-
     def _begin(self, request: Request) -> None:
         batch, width = request.input_ids.shape
         device = self.target.device
@@ -120,7 +123,9 @@ class Engine:
         capacity = longest + request.max_new_tokens
         self._active = list(self.rows)
         self._pads = [width - len(prompt) for prompt in request.prompts]
-        self._ids = torch.full((batch, width + request.max_new_tokens + 1), request.pad_id, device=device)
+        self._ids = torch.full(
+            (batch, width + request.max_new_tokens + 1), request.pad_id, device=device
+        )
         self._ids[:, :width] = request.input_ids
         # unpadded views of the same text, for the models and sources
         self._tokens = torch.zeros(batch, capacity + 1, dtype=torch.long, device=device)
@@ -155,8 +160,6 @@ class Engine:
                 for source in self.sources:
                     source.drop_row(row)
 
-    # --- one round ----------------------------------------------------------------------------------------------
-
     def _round(self, request: Request) -> list[tuple[int, list[int]]]:
         clock = time.perf_counter()
         budgets = [request.max_new_tokens - len(row.new_tokens) for row in self._active]
@@ -166,8 +169,16 @@ class Engine:
         verified = time.perf_counter()
         verdicts = [
             walk(
-                logits[row], tree, row, request.picker, self._ids[row : row + 1],
-                self._lens[row] + self._pads[row], self._lens[row], budgets[row], request.ends, request.keep_scores,
+                logits[row],
+                tree,
+                row,
+                request.picker,
+                self._ids[row : row + 1],
+                self._lens[row] + self._pads[row],
+                self._lens[row],
+                budgets[row],
+                request.ends,
+                request.keep_scores,
             )
             for row in range(len(self._active))
         ]
@@ -201,7 +212,9 @@ class Engine:
         levels = 0
         if self.drafts and self.policy.wants_draft(growth.lookup_scores()):
             levels = self._grow_levels(growth, sequences, picker, depth)
-        tree = growth.select(self.policy.nodes_to_verify(growth.all_scores()), depth, self.policy.node_sizes)
+        tree = growth.select(
+            self.policy.nodes_to_verify(growth.all_scores()), depth, self.policy.node_sizes
+        )
         return tree, match_lengths, levels
 
     def _add_lookups(self, growth: Growth, sequences: Sequences, depth: int) -> list[int] | None:
@@ -216,7 +229,9 @@ class Engine:
             growth.add_lookups(continuations, *self.policy.lookup_chances(match_lengths))
         return match_lengths
 
-    def _grow_levels(self, growth: Growth, sequences: Sequences, picker: TokenPicker, depth: int) -> int:
+    def _grow_levels(
+        self, growth: Growth, sequences: Sequences, picker: TokenPicker, depth: int
+    ) -> int:
         source = self.drafts[0]
         logits, root_row, chain, offset = source.root_logits(sequences)
         growth.begin_levels(offset + self.policy.max_rows, root_row, chain)
@@ -235,7 +250,8 @@ class Engine:
         return level + 1
 
     def _verify(self, tree: Tree) -> tuple[Tree, torch.Tensor]:
-        """The tree and its logits; of the roots alone if some node turned NaN, which would reach its siblings."""
+        """The tree and its logits; of the roots alone if some node turned NaN, which would reach
+        its siblings."""
         cache = self.target.cache
         prefix = torch.tensor(cache.prefix_lens, device=tree.tokens.device).unsqueeze(1)
         logits = self.target.forward(tree.tokens, prefix + tree.depths, tree.visible)
@@ -258,7 +274,9 @@ class Engine:
             state.logits += verdict.logits
             state.finished = verdict.ended or len(state.new_tokens) >= request.max_new_tokens
             length = self._lens[row]
-            self._tokens[row, length : length + kept] = torch.tensor(tokens, device=self._tokens.device)
+            self._tokens[row, length : length + kept] = torch.tensor(
+                tokens, device=self._tokens.device
+            )
             self._lens[row] = length + kept
             share = self.stats.per_row[state.index]
             share.rounds += 1

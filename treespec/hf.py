@@ -1,8 +1,9 @@
-"""Where treespec plugs into transformers: attention, masks, cache layers, generation. No other file touches its internals.
+"""Where treespec plugs into transformers: attention, masks, cache layers, generation. No other file
+touches its internals.
 
-One attention function and one mask function are registered under the name `treespec`. A `Forward` is what the two
-need to know of the forward under way; it is set around a model call and found by them through `_current`, so it
-also reaches models whose layers drop extra keywords.
+One attention function and one mask function are registered under the name `treespec`. A `Forward`
+is what the two need to know of the forward under way; it is set around a model call and found by
+them through `_current`, so it also reaches models whose layers drop extra keywords.
 """
 
 from __future__ import annotations
@@ -33,8 +34,10 @@ class Forward:
     Args:
         cache: the model's rows.
         num_nodes: tokens of this call per sequence, N.
-        offset: node rows already forwarded past the prefix; token i goes to row `prefix_lens[b] + offset + i`.
-        visible: bool `[B, N, offset + N]`, which node rows a token sees besides the whole prefix; None for a causal chain.
+        offset: node rows already forwarded past the prefix; token i goes to row `prefix_lens[b] +
+            offset + i`.
+        visible: bool `[B, N, offset + N]`, which node rows a token sees besides the whole prefix;
+            None for a causal chain.
         positions: int64 `[B, N]` positions of the tokens.
         node_positions: int64 `[B, offset + N]` positions of all node rows.
         kernel: attend with the Triton kernel where it can express the layer.
@@ -76,10 +79,12 @@ class Forward:
             value_rows[row, :, start : start + self.num_nodes] = values[row]
 
     def bias(self, mask_function: Callable, dtype: torch.dtype) -> torch.Tensor | None:
-        """Additive mask `[B, 1, N, num_slots]` for one of the model's mask kinds; None where nothing is hidden.
+        """Additive mask `[B, 1, N, num_slots]` for one of the model's mask kinds; None where
+        nothing is hidden.
 
-        `mask_function(batch, head, query, key)` is transformers' predicate; it is asked about *positions*, never rows,
-        so that windows and chunks mean the same in a tree as in a sequence.
+        `mask_function(batch, head, query, key)` is transformers' predicate; it is asked about
+        *positions*, never rows, so that windows and chunks mean the same in a tree as in a
+        sequence.
         """
         causal = mask_function is causal_mask_function
         if causal and (self.kernel or self.sees_everything):
@@ -87,7 +92,9 @@ class Forward:
         prefix_lens, device = self.cache.prefix_lens, self.positions.device
         visible = self.visible
         if visible is None:
-            square = torch.ones(self.num_nodes, self.num_nodes, dtype=torch.bool, device=device).tril_()
+            square = torch.ones(
+                self.num_nodes, self.num_nodes, dtype=torch.bool, device=device
+            ).tril_()
             visible = square.expand(len(prefix_lens), -1, -1)
         seen = torch.zeros(
             len(prefix_lens), 1, self.num_nodes, self.num_slots, dtype=torch.bool, device=device
@@ -99,10 +106,14 @@ class Forward:
             rows = torch.arange(len(prefix_lens), device=device).view(-1, 1, 1, 1)
             queries = self.positions[:, None, :, None]
             seen &= mask_function(rows, 0, queries, self._key_positions()[:, None, None, :])
-        return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))
+        return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(
+            ~seen, float("-inf")
+        )
 
     def _key_positions(self) -> torch.Tensor:
-        keys = torch.arange(self.num_slots, device=self.positions.device).repeat(len(self.cache.prefix_lens), 1)
+        keys = torch.arange(self.num_slots, device=self.positions.device).repeat(
+            len(self.cache.prefix_lens), 1
+        )
         for row, prefix in enumerate(self.cache.prefix_lens):
             keys[row, prefix : prefix + self.node_positions.shape[1]] = self.node_positions[row]
         return keys
@@ -134,11 +145,13 @@ class Forward:
             if name not in self._packed:
                 self._packed[name] = pack_bias(bias, q_heads, kv_heads)
             packed = self._packed[name]
-        return biased_attention(query, key, value, packed, scale=scale, softcap=softcap, sinks=sinks)
-
+        return biased_attention(
+            query, key, value, packed, scale=scale, softcap=softcap, sinks=sinks
+        )
 
     def _attend_in_kernel(self, query, key, value, scale, softcap, sinks, window):
-        """The Triton kernel: bits instead of a dense mask, windows by depth; see docs/kernels/tree_attention.md."""
+        """The Triton kernel: bits instead of a dense mask, windows by depth; see
+        docs/kernels/tree_attention.md."""
         bits, prefix_lens, depths = self._kernel_inputs()
         # the kernel wants a query for every node row, also for those forwarded before
         query = F.pad(query, (0, 0, self.offset, 0)) if self.offset else query
@@ -161,10 +174,16 @@ class Forward:
     def _kernel_inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if self._bits is None:
             rows = self.visible.shape[2]
-            visible = torch.eye(rows, dtype=torch.bool, device=self.visible.device).repeat(len(self.visible), 1, 1)
+            visible = torch.eye(rows, dtype=torch.bool, device=self.visible.device).repeat(
+                len(self.visible), 1, 1
+            )
             visible[:, self.offset :] = self.visible
             prefix_lens = torch.tensor(self.cache.prefix_lens, device=self.visible.device)
-            self._bits = (pack_bits(visible), prefix_lens, self.node_positions - prefix_lens[:, None])
+            self._bits = (
+                pack_bits(visible),
+                prefix_lens,
+                self.node_positions - prefix_lens[:, None],
+            )
         return self._bits
 
 
@@ -186,19 +205,24 @@ _attention_calls = 0
 
 
 def attention_calls() -> int:
-    """How often any model has called treespec's attention function; tells whether a model calls it at all."""
+    """How often any model has called treespec's attention function; tells whether a model calls it
+    at all."""
     return _attention_calls
 
 
 def dense_mask(dtype: torch.dtype) -> torch.Tensor:
-    """The causal bias of the forward under way as a dense mask, for models whose attention cannot be replaced."""
+    """The causal bias of the forward under way as a dense mask, for models whose attention cannot
+    be replaced."""
     bias = _current.bias(causal_mask_function, dtype)
     if bias is None:
-        bias = torch.zeros(1, 1, 1, _current.num_slots, dtype=dtype, device=_current.positions.device)
+        bias = torch.zeros(
+            1, 1, 1, _current.num_slots, dtype=dtype, device=_current.positions.device
+        )
     return bias
 
 
-# The recorded steps must find the forward under way when they are replayed, so they go through these functions.
+# The recorded steps must find the forward under way when they are replayed, so they go through
+# these functions.
 def _attend(*args):
     global _attention_calls
     _attention_calls += 1
@@ -234,9 +258,13 @@ def _tree_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer = _current.cache.layer_of(key)
     if layer is None:
-        return opaque(_attend, query, key, value, attention_mask, scale, softcap, s_aux, sliding_window), None
+        return opaque(
+            _attend, query, key, value, attention_mask, scale, softcap, s_aux, sliding_window
+        ), None
     # named by its number, a layer's rows may move without making a recording stale
-    return opaque(_attend_layer, query, layer, attention_mask, scale, softcap, s_aux, sliding_window), None
+    return opaque(
+        _attend_layer, query, layer, attention_mask, scale, softcap, s_aux, sliding_window
+    ), None
 
 
 def _tree_mask(*_, mask_function=causal_mask_function, dtype=torch.float32, config=None, **__):
@@ -280,12 +308,15 @@ class TreeCacheLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length
 
 
-def cache_facade(cache: TreeCache, layer_rows: list[int | None], placeholders: list, whole: bool) -> Cache:
+def cache_facade(
+    cache: TreeCache, layer_rows: list[int | None], placeholders: list, whole: bool
+) -> Cache:
     """transformers' view of a `TreeCache`.
 
     Args:
         cache: the rows.
-        layer_rows: for every layer of the model its index in `cache`, or None where the layer keeps no rows of its own.
+        layer_rows: for every layer of the model its index in `cache`, or None where the layer keeps
+            no rows of its own.
         placeholders: the layer objects to use where `layer_rows` is None.
         whole: layers return all rows (the attention function cuts them), rather than the used ones.
     """
@@ -306,9 +337,13 @@ def layer_specs(past_key_values: Cache) -> tuple[list[LayerSpec], list[int | Non
     specs: list[LayerSpec] = []
     layer_rows: list[int | None] = []
     for layer in past_key_values.layers:
-        if not isinstance(layer, CacheLayerMixin) or type(layer).__name__.startswith("LinearAttention"):
+        if not isinstance(layer, CacheLayerMixin) or type(layer).__name__.startswith(
+            "LinearAttention"
+        ):
             if hasattr(layer, "conv_states") or hasattr(layer, "recurrent_states"):
-                raise NotImplementedError("a recurrent or convolutional state, which siblings of a tree would share")
+                raise NotImplementedError(
+                    "a recurrent or convolutional state, which siblings of a tree would share"
+                )
             layer_rows.append(None)
         elif "Index" in type(layer).__name__ or "Compress" in type(layer).__name__:
             raise NotImplementedError(f"a cache layer of its own kind ({type(layer).__name__})")
@@ -317,12 +352,15 @@ def layer_specs(past_key_values: Cache) -> tuple[list[LayerSpec], list[int | Non
         else:
             layer_rows.append(len(specs))
             keys, values = layer.keys, layer.values
-            specs.append(LayerSpec(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, keys.device))
+            specs.append(
+                LayerSpec(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, keys.device)
+            )
     return specs, layer_rows
 
 
 def attention_configs(model: PreTrainedModel) -> list:
-    """The configurations of a model whose attention implementation can be switched, outermost first."""
+    """The configurations of a model whose attention implementation can be switched, outermost
+    first."""
     configs, seen = [], set()
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and id(module.config) not in seen:
@@ -334,7 +372,8 @@ def attention_configs(model: PreTrainedModel) -> list:
 
 @contextlib.contextmanager
 def attention_switched(configs: list, name: str) -> Iterator[None]:
-    """Runs a block under another attention implementation and puts the old one back, whatever happens."""
+    """Runs a block under another attention implementation and puts the old one back, whatever
+    happens."""
     before = [config._attn_implementation_internal for config in configs]
     try:
         for config in configs:

@@ -1,4 +1,5 @@
-"""Many prompts: batches of similar length, results in the order given, written down as they come."""
+"""Many prompts: batches of similar length, results in the order given, written down as they
+come."""
 
 from __future__ import annotations
 
@@ -16,11 +17,17 @@ def prompt_ids(prompt: Any, index: int, tokenizer: Any) -> torch.Tensor:
     """One prompt as a 1-D LongTensor."""
     if isinstance(prompt, str):
         if tokenizer is None:
-            raise ValueError(f"prompts[{index}] is text, which needs a tokenizer: TreeSpeculator(..., tokenizer=tokenizer)")
+            raise ValueError(
+                f"prompts[{index}] is text, which needs a tokenizer: TreeSpeculator(..., "
+                "tokenizer=tokenizer)"
+            )
         prompt = tokenizer(prompt).input_ids
     ids = torch.as_tensor(prompt)
     if ids.dim() != 1 or ids.numel() == 0:
-        raise ValueError(f"prompts[{index}] must be text or at least one token id in one dimension; got shape {list(ids.shape)}")
+        raise ValueError(
+            f"prompts[{index}] must be text or at least one token id in one dimension; got shape "
+            f"{list(ids.shape)}"
+        )
     if ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"prompts[{index}] must hold integers; got {ids.dtype}")
     return ids.long()
@@ -36,7 +43,10 @@ def generate_many(
 ) -> list[torch.Tensor]:
     """The work of `TreeSpeculator.generate_many`."""
     if isinstance(prompts, (str, torch.Tensor)):
-        raise TypeError(f"prompts must be a list of texts, id lists or 1-D tensors; got {type(prompts).__name__}")
+        raise TypeError(
+            "prompts must be a list of texts, id lists or 1-D tensors; got "
+            f"{type(prompts).__name__}"
+        )
     if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
         raise ValueError(f"max_batch must be a positive integer; got {max_batch!r}")
     ids = [prompt_ids(prompt, k, spec.tokenizer) for k, prompt in enumerate(prompts)]
@@ -54,7 +64,12 @@ def generate_many(
             results[index] = row
             if path is not None:
                 with path.open("a") as file:
-                    file.write(json.dumps({"index": index, "prompt_tokens": len(ids[index]), "ids": row.tolist()}) + "\n")
+                    file.write(
+                        json.dumps(
+                            {"index": index, "prompt_tokens": len(ids[index]), "ids": row.tolist()}
+                        )
+                        + "\n"
+                    )
         if bar is not None:
             bar.update(len(batch))
     if bar is not None:
@@ -62,7 +77,9 @@ def generate_many(
     return results
 
 
-def _generate_batch(spec: TreeSpeculator, prompts: list[torch.Tensor], options: dict) -> list[torch.Tensor]:
+def _generate_batch(
+    spec: TreeSpeculator, prompts: list[torch.Tensor], options: dict
+) -> list[torch.Tensor]:
     width = max(len(prompt) for prompt in prompts)
     ids = torch.zeros(len(prompts), width, dtype=torch.long)
     mask = torch.zeros(len(prompts), width, dtype=torch.long)
@@ -77,7 +94,8 @@ def _generate_batch(spec: TreeSpeculator, prompts: list[torch.Tensor], options: 
 
 
 def _finished(path: Path, ids: list[torch.Tensor]) -> dict[int, torch.Tensor]:
-    """Rows of an earlier, interrupted run that continue these very prompts; a torn last line is ignored."""
+    """Rows of an earlier, interrupted run that continue these very prompts; a torn last line is
+    ignored."""
     rows: dict[int, torch.Tensor] = {}
     if not path.exists():
         return rows
@@ -87,8 +105,13 @@ def _finished(path: Path, ids: list[torch.Tensor]) -> dict[int, torch.Tensor]:
             index, row = record["index"], torch.tensor(record["ids"], dtype=torch.long)
         except (ValueError, KeyError, TypeError):
             continue
-        if not (isinstance(index, int) and 0 <= index < len(ids)) or not torch.equal(row[: len(ids[index])], ids[index]):
-            raise ValueError(f"output: {path} holds results of other prompts (line for index {index!r}); name another file")
+        if not (isinstance(index, int) and 0 <= index < len(ids)) or not torch.equal(
+            row[: len(ids[index])], ids[index]
+        ):
+            raise ValueError(
+                f"output: {path} holds results of other prompts (line for index {index!r}); name "
+                "another file"
+            )
         rows[index] = row
     return rows
 

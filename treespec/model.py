@@ -1,4 +1,5 @@
-"""A causal LM made ready for trees: checked once, then called on nodes of a tree with rows of its own cache."""
+"""A causal LM made ready for trees: checked once, then called on nodes of a tree with rows of its
+own cache."""
 
 from __future__ import annotations
 
@@ -7,13 +8,21 @@ from transformers import DynamicCache, PreTrainedModel
 
 from treespec import hf
 from treespec.cache import TreeCache
-from treespec.capture import PackedWeights, Recorder, RecordingRefused, compile_recording, pack_linears
+from treespec.capture import (
+    PackedWeights,
+    Recorder,
+    RecordingRefused,
+    compile_recording,
+    pack_linears,
+)
 from treespec.kernels import ops
 
-# Largest share by which a tree's logits may differ from a sequence's at attachment, in units of the logits' spread.
+# Largest share by which a tree's logits may differ from a sequence's at attachment, in units of the
+# logits' spread.
 _PROBE_TOLERANCE = {torch.float32: 0.01, torch.float64: 0.01}
 _PROBE_TOLERANCE_16BIT = 0.25
-# A recorded forward may differ from the eager one by rounding alone (prepacked weights add up in another order).
+# A recorded forward may differ from the eager one by rounding alone (prepacked weights add up in
+# another order).
 _REPLAY_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
 _REPLAY_TOLERANCE_16BIT = 0.05
 _MAX_RECORDED_NODES = 64
@@ -35,7 +44,9 @@ class TreeModel:
         NotImplementedError: if its type cannot verify a tree; the message says why.
     """
 
-    def __init__(self, model: PreTrainedModel, role: str, record: bool = True, attention: str = "auto") -> None:
+    def __init__(
+        self, model: PreTrainedModel, role: str, record: bool = True, attention: str = "auto"
+    ) -> None:
         self.model = model
         self.role = role
         self.config = model.config.get_text_config(decoder=True)
@@ -45,7 +56,9 @@ class TreeModel:
         self.position_limit = _position_limit(self.config)
         self.kernel, self.attention_reason = _attention_path(self.device, attention)
         self.cache: TreeCache | None = None
-        self.recording_reason = self._recording_obstacle() if record else "turned off by capture=False"
+        self.recording_reason = (
+            self._recording_obstacle() if record else "turned off by capture=False"
+        )
         self._recordings: dict[tuple, _Recording] = {}
         self._packed = PackedWeights(_packing_budget(model)) if PackedWeights.available() else None
         self._weights_seen: tuple = ()
@@ -65,17 +78,30 @@ class TreeModel:
     def _check_kind(self) -> None:
         label = f"{self.role} ({self.name})"
         if getattr(self.model.config, "is_encoder_decoder", False):
-            raise NotImplementedError(f"{label} is an encoder-decoder model; trees need a decoder-only causal LM")
-        if self.model.get_output_embeddings() is None or not hasattr(self.model, "generate"):
-            raise TypeError(f"{self.role} must be a causal LM with a language-model head; got {type(self.model).__name__}")
-        kinds = [self.name.lower(), *(str(k) for k in getattr(self.config, "layer_types", None) or [])]
-        if getattr(self.model, "_is_stateful", False) or any(w in k for w in _RECURRENT_WORDS for k in kinds):
             raise NotImplementedError(
-                f"{label} keeps a recurrent or convolutional state, which the branches of a tree would share; "
+                f"{label} is an encoder-decoder model; trees need a decoder-only causal LM"
+            )
+        if self.model.get_output_embeddings() is None or not hasattr(self.model, "generate"):
+            raise TypeError(
+                f"{self.role} must be a causal LM with a language-model head; got "
+                f"{type(self.model).__name__}"
+            )
+        kinds = [
+            self.name.lower(),
+            *(str(k) for k in getattr(self.config, "layer_types", None) or []),
+        ]
+        if getattr(self.model, "_is_stateful", False) or any(
+            w in k for w in _RECURRENT_WORDS for k in kinds
+        ):
+            raise NotImplementedError(
+                f"{label} keeps a recurrent or convolutional state, which the branches of a tree "
+                "would share; "
                 "use target.generate for it"
             )
         if not hf.forward_accepts(self.model, "position_ids"):
-            raise NotImplementedError(f"{label} takes no position_ids, so siblings of a tree cannot share a position")
+            raise NotImplementedError(
+                f"{label} takes no position_ids, so siblings of a tree cannot share a position"
+            )
 
     def _recording_obstacle(self) -> str | None:
         if self.device.type != "cpu":
@@ -84,8 +110,6 @@ class TreeModel:
             return "the model has forward hooks, which a recording would skip"
         return None
 
-    # --- attachment ---------------------------------------------------------------------------------------------
-
     def _probe(self) -> None:
         """Learns the layers' shapes and proves, on a small tree, that this model verifies trees."""
         generator = torch.Generator().manual_seed(0)
@@ -93,26 +117,35 @@ class TreeModel:
         nodes = torch.randint(self.vocab_size, (1, 5), generator=generator)
         # root with two branches: 0 -> 1 -> 3 and 0 -> 2 -> 4
         branches = [[0, 1, 3], [0, 2, 4]]
-        sequences = torch.cat([torch.cat([prompt, nodes[:, b]], dim=1) for b in branches]).to(self.device)
+        sequences = torch.cat([torch.cat([prompt, nodes[:, b]], dim=1) for b in branches]).to(
+            self.device
+        )
         positions = torch.arange(7, device=self.device).expand(2, -1)
         with torch.inference_mode(), hf.evaluation_mode(self.training_modules):
             past = DynamicCache(config=self.config)
             try:
                 expected = self.model(
-                    input_ids=sequences, position_ids=positions, past_key_values=past, use_cache=True
+                    input_ids=sequences,
+                    position_ids=positions,
+                    past_key_values=past,
+                    use_cache=True,
                 ).logits
                 self._specs, self._layer_rows = hf.layer_specs(past)
             except NotImplementedError as error:
-                raise NotImplementedError(f"{self.role} ({self.name}) cannot verify a tree: it keeps {error}") from None
+                raise NotImplementedError(
+                    f"{self.role} ({self.name}) cannot verify a tree: it keeps {error}"
+                ) from None
             self._placeholders = past.layers
             if not self._specs or past.get_seq_length() != 7:
-                raise NotImplementedError(f"{self.role} ({self.name}) does not fill transformers' key-value cache")
+                raise NotImplementedError(
+                    f"{self.role} ({self.name}) does not fill transformers' key-value cache"
+                )
             worst = {}
             for route in ("interface", "masks"):
                 try:
                     self._set_route(route)
                     logits = self._probe_tree(prompt, nodes)
-                except Exception as error:  # noqa: BLE001 - any failure only rules this route out
+                except Exception as error:
                     worst[route] = f"{type(error).__name__}: {error}"
                     continue
                 error = max(
@@ -124,7 +157,8 @@ class TreeModel:
                 worst[route] = f"logits differ by {error:.2g} of their spread"
         reasons = "; ".join(f"{route}: {reason}" for route, reason in worst.items())
         raise NotImplementedError(
-            f"{self.role} ({self.name}) cannot verify a tree ({reasons}). Its text would differ, so it is refused"
+            f"{self.role} ({self.name}) cannot verify a tree ({reasons}). Its text would differ, "
+            "so it is refused"
         )
 
     def _set_route(self, route: str) -> None:
@@ -133,7 +167,9 @@ class TreeModel:
         if route == "interface" and not self._configs:
             raise NotImplementedError("its attention implementation cannot be switched")
         if route == "masks":
-            window = getattr(self.config, "sliding_window", None) or getattr(self.config, "window_size", None)
+            window = getattr(self.config, "sliding_window", None) or getattr(
+                self.config, "window_size", None
+            )
             if window is not None:
                 self.position_limit = min(self.position_limit or window, window)
             self.recording_reason = self.recording_reason or "its attention cannot be replaced"
@@ -153,8 +189,6 @@ class TreeModel:
             raise NotImplementedError("its layers do not call the attention interface")
         return logits
 
-    # --- buffers ------------------------------------------------------------------------------------------------
-
     def allocate(self, batch: int, capacity: int) -> None:
         """Makes room for `batch` sequences of `capacity` rows, or reuses what is there."""
         if self.cache is not None and self.cache.batch == batch and self.cache.capacity >= capacity:
@@ -169,8 +203,13 @@ class TreeModel:
     def begin(self) -> None:
         """Called before every generation: notices changed weights, hooks and training mode."""
         self.training_modules = [module for module in self.model.modules() if module.training]
-        weights = tuple((id(p), p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.model.parameters())
-        obstacle = self._recording_obstacle() if self.recording_reason is None else self.recording_reason
+        weights = tuple(
+            (id(p), p.data_ptr(), 0 if p.is_inference() else p._version)
+            for p in self.model.parameters()
+        )
+        obstacle = (
+            self._recording_obstacle() if self.recording_reason is None else self.recording_reason
+        )
         if weights != self._weights_seen or obstacle != self.recording_reason:
             self._recordings.clear()
             if weights != self._weights_seen:
@@ -215,17 +254,20 @@ class TreeModel:
         """
         self._reuse_prefix(tokens, lens)
         prefix_lens = self.cache.prefix_lens
-        while (missing := [max(0, upto - have) for upto, have in zip(lens, prefix_lens)]) and max(missing) > 0:
+        while (missing := [max(0, upto - have) for upto, have in zip(lens, prefix_lens)]) and max(
+            missing
+        ) > 0:
             width = min(max(missing), PREFILL_CHUNK)
             start = torch.tensor(prefix_lens, device=tokens.device).unsqueeze(1)
-            index = (start + torch.arange(width, device=tokens.device)).clamp_max_(tokens.shape[1] - 1)
+            index = (start + torch.arange(width, device=tokens.device)).clamp_max_(
+                tokens.shape[1] - 1
+            )
             self.forward_chain(tokens.gather(1, index))
             self.cache.commit([list(range(min(width, count))) for count in missing])
 
-    # --- forwards -----------------------------------------------------------------------------------------------
-
     def forward_chain(self, tokens: torch.Tensor, last_only: bool = True) -> torch.Tensor:
-        """Forwards `[B, N]` tokens that follow each prefix one after another; logits of the last one (or of all)."""
+        """Forwards `[B, N]` tokens that follow each prefix one after another; logits of the last
+        one (or of all)."""
         steps = torch.arange(tokens.shape[1], device=tokens.device)
         prefix = torch.tensor(self.cache.prefix_lens, device=tokens.device)
         positions = prefix[:, None] + steps
@@ -251,12 +293,13 @@ class TreeModel:
             positions: int64 `[B, N]`.
             visible: bool `[B, N, offset + N]`; the node rows each token sees, itself among them.
             offset: node rows forwarded before these, past the prefix.
-            node_positions: int64 `[B, offset + N]`, positions of all node rows; needed when `offset` > 0.
+            node_positions: int64 `[B, offset + N]`, positions of all node rows; needed when
+                `offset` > 0.
 
         Returns:
             Logits `[B, N, V]`; their storage may be reused by the next forward of the same shape.
         """
-        batch, num_nodes = tokens.shape
+        num_nodes = tokens.shape[1]
         if self.position_limit:
             positions = positions.clamp_max(self.position_limit - 1)
         call = hf.Forward(
@@ -269,7 +312,9 @@ class TreeModel:
             self.kernel,
         )
         if call.num_slots > self.cache.capacity:
-            raise RuntimeError(f"{self.role}: {call.num_slots} rows needed, {self.cache.capacity} allocated")
+            raise RuntimeError(
+                f"{self.role}: {call.num_slots} rows needed, {self.cache.capacity} allocated"
+            )
         with hf.forward_scope(call):
             if self.recording_reason is not None or num_nodes > _MAX_RECORDED_NODES:
                 return self._call(tokens, positions)
@@ -278,7 +323,10 @@ class TreeModel:
     def _call(self, tokens: torch.Tensor, positions: torch.Tensor, **kwargs) -> torch.Tensor:
         if self.route == "masks":
             kwargs["attention_mask"] = hf.dense_mask(self.dtype)
-        with hf.attention_switched(self._configs, hf.ATTENTION_NAME), hf.evaluation_mode(self.training_modules):
+        with (
+            hf.attention_switched(self._configs, hf.ATTENTION_NAME),
+            hf.evaluation_mode(self.training_modules),
+        ):
             return self.model(
                 input_ids=tokens,
                 position_ids=positions,
@@ -288,7 +336,9 @@ class TreeModel:
                 **kwargs,
             ).logits
 
-    def _recorded_call(self, tokens: torch.Tensor, positions: torch.Tensor, unmasked: bool) -> torch.Tensor:
+    def _recorded_call(
+        self, tokens: torch.Tensor, positions: torch.Tensor, unmasked: bool
+    ) -> torch.Tensor:
         key = (*tokens.shape, unmasked)
         recording = self._recordings.get(key)
         if recording is None:
@@ -297,8 +347,11 @@ class TreeModel:
             return self._record_or_check(recording, tokens, positions)
         return recording.replay(tokens, positions)
 
-    def _record_or_check(self, recording: _Recording, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """The first calls of a shape: record it, then hold the replay against the eager forward before trusting it."""
+    def _record_or_check(
+        self, recording: _Recording, tokens: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """The first calls of a shape: record it, then hold the replay against the eager forward
+        before trusting it."""
         if recording.refused:
             return self._call(tokens, positions)
         try:
@@ -313,7 +366,10 @@ class TreeModel:
                 expected = self._call(tokens, positions).clone()
             error = _spread_error(recording.replay(tokens, positions), expected)
             if not error <= _REPLAY_TOLERANCE.get(self.dtype, _REPLAY_TOLERANCE_16BIT):
-                raise RecordingRefused(f"its replay differs from the eager forward by {error:.2g} of the logits' spread")
+                raise RecordingRefused(
+                    f"its replay differs from the eager forward by {error:.2g} of the logits' "
+                    "spread"
+                )
             recording.checks_left -= 1
         except RecordingRefused as reason:
             recording.refused, recording.replay = True, None
@@ -365,6 +421,7 @@ def _position_limit(config) -> int | None:
 
 
 def _packing_budget(model: PreTrainedModel) -> int:
-    """Bytes that prepacked copies of the weights may take: all of a small model, nothing of one above 4 GiB."""
+    """Bytes that prepacked copies of the weights may take: all of a small model, nothing of one
+    above 4 GiB."""
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     return size if size <= 4 << 30 else 0

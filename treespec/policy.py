@@ -1,7 +1,9 @@
-"""What to draft next: fixed shapes answer from their definition, `AutoPolicy` from measured costs and running acceptance.
+"""What to draft next: fixed shapes answer from their definition, `AutoPolicy` from measured costs
+and running acceptance.
 
-A policy answers four questions of a round: what a lookup is worth, whether to ask the draft at all, which nodes of a level
-to expand, and how many nodes to verify. It learns from `observe` and decides on the host.
+A policy answers four questions of a round: what a lookup is worth, whether to ask the draft at all,
+which nodes of a level to expand, and how many nodes to verify. It learns from `observe` and decides
+on the host.
 """
 
 from __future__ import annotations
@@ -18,12 +20,14 @@ from treespec.tree import NODE_SIZES, Tree
 
 _LOWEST = float("-inf")
 
-# Shares of looked-up tokens that proved right, by match length 0, 1, 2, ...; and of those after a right one.
+# Shares of looked-up tokens that proved right, by match length 0, 1, 2, ...; and of those after a
+# right one.
 LOOKUP_PRIOR = (0.0, 0.25, 0.45, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9)
 LOOKUP_LATER = 0.85
 
-# A draft's probability says how often a token is *drawn*; which token is the argmax, with or without known noise, is more
-# certain. These factors fit the demo pair (docs/design/003-auto.md); `AutoPolicy` goes on from them.
+# A draft's probability says how often a token is *drawn*; which token is the argmax, with or
+# without known noise, is more certain. These factors fit the demo pair (docs/design/003-auto.md);
+# `AutoPolicy` goes on from them.
 GREEDY_SHARPNESS = 3.0
 COUPLED_SHARPNESS = 2.0
 
@@ -54,7 +58,8 @@ class Policy:
     lookup_length = 0
 
     def lookup_chances(self, match_lengths: list[int]) -> tuple[list[float], list[float]]:
-        """Per row the chance that a lookup's first token is right, and a later one when the one before it was."""
+        """Per row the chance that a lookup's first token is right, and a later one when the one
+        before it was."""
         first = [LOOKUP_PRIOR[min(length, len(LOOKUP_PRIOR) - 1)] for length in match_lengths]
         return first, [max(chance, LOOKUP_LATER) for chance in first]
 
@@ -66,15 +71,18 @@ class Policy:
         return COUPLED_SHARPNESS if picker.knows_pick else 1.0
 
     def wants_draft(self, lookup_scores: torch.Tensor) -> bool:
-        """Whether the draft model is asked this round, given the scores `[B, M * L]` of what lookups proposed."""
+        """Whether the draft model is asked this round, given the scores `[B, M * L]` of what
+        lookups proposed."""
         return self.max_depth > 0
 
     def children(self, depth: int, logprobs: torch.Tensor) -> tuple[int, torch.Tensor | None]:
-        """Children of every node of the frontier at `depth`: how many at most, and `[B, F]` of each or None."""
+        """Children of every node of the frontier at `depth`: how many at most, and `[B, F]` of each
+        or None."""
         raise NotImplementedError
 
     def frontier(self, depth: int) -> tuple[int, float]:
-        """Most nodes to expand at `depth`, and the cumulative log-probability below which none is."""
+        """Most nodes to expand at `depth`, and the cumulative log-probability below which none
+        is."""
         raise NotImplementedError
 
     def worth_expanding(self, scores: torch.Tensor) -> bool:
@@ -82,7 +90,8 @@ class Policy:
         return bool((scores > _LOWEST).any())
 
     def nodes_to_verify(self, scores: torch.Tensor) -> int:
-        """Nodes to verify, root included, given all candidates' cumulative log-probabilities `[B, C]`."""
+        """Nodes to verify, root included, given all candidates' cumulative log-probabilities `[B,
+        C]`."""
         return self.max_nodes
 
     def observe(self, outcome: Outcome) -> None:
@@ -126,7 +135,9 @@ class ShapePolicy(Policy):
         if isinstance(shape, Chain):
             return 1, None
         if isinstance(shape, FixedTree):
-            return (shape.first_branching or shape.branching) if depth == 0 else shape.branching, None
+            return (
+                shape.first_branching or shape.branching
+            ) if depth == 0 else shape.branching, None
         assert isinstance(shape, BestFirstTree)
         return shape.width, None
 

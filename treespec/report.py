@@ -1,4 +1,5 @@
-"""What a speculator can say of itself: which paths it takes and why, and whether it is lossless on this very pair."""
+"""What a speculator can say of itself: which paths it takes and why, and whether it is lossless on
+this very pair."""
 
 from __future__ import annotations
 
@@ -30,10 +31,11 @@ class SelfCheckReport:
     Attributes:
         dtype: of the target.
         num_trees: random trees that were verified.
-        logit_error: largest difference between a node's logits and the same tokens' in a sequence, as a share of the
-            largest logit.
+        logit_error: largest difference between a node's logits and the same tokens' in a sequence,
+            as a share of the largest logit.
         logit_tolerance: what rounding explains at this dtype.
-        tokens: per check ("greedy", "T=0.7", ...) tokens compared and the first position that differs, or None.
+        tokens: per check ("greedy", "T=0.7", ...) tokens compared and the first position that
+            differs, or None.
         ties: differing checks whose first difference is a tie within rounding.
     """
 
@@ -51,8 +53,10 @@ class SelfCheckReport:
 
     def __str__(self) -> str:
         lines = [
-            f"self-check ({str(self.dtype).removeprefix('torch.')}): {'passed' if self.passed else 'FAILED'}",
-            f"  logits of {self.num_trees} random trees: largest error {self.logit_error:.2g} of the largest logit "
+            f"self-check ({str(self.dtype).removeprefix('torch.')}): "
+            f"{'passed' if self.passed else 'FAILED'}",
+            f"  logits of {self.num_trees} random trees: largest error {self.logit_error:.2g} of "
+            "the largest logit "
             f"(rounding explains {self.logit_tolerance:.2g})",
         ]
         for name, (count, position) in self.tokens.items():
@@ -75,20 +79,30 @@ def explain(spec: TreeSpeculator) -> str:
     if not names:
         lines.append("sources: none")
     else:
-        added = "; lookup was added because it is free and tree is auto" if spec.lookup_added else ""
+        added = (
+            "; lookup was added because it is free and tree is auto" if spec.lookup_added else ""
+        )
         lines.append(f"sources, merged into one tree: {', '.join(names)}{added}")
     lines.append(f"shape: {spec._policy.describe()}")
     lines.append(f"sampling: {spec.sampling}; greedy when do_sample is off")
     lines.append(f"attention: {_attention_line(target)}")
     lines.append(f"recorded forwards: {_recording_line(target)}")
-    lines.append("CUDA graphs: off; forwards run eagerly on a GPU" if target.device.type == "cuda" else "CUDA graphs: off, no GPU in use")
+    lines.append(
+        "CUDA graphs: off; forwards run eagerly on a GPU"
+        if target.device.type == "cuda"
+        else "CUDA graphs: off, no GPU in use"
+    )
     limit = "none stated" if target.position_limit is None else f"{target.position_limit} positions"
-    lines.append(f"limits: {limit}, {MAX_NODES} nodes a tree; beam search, recurrent and encoder-decoder models are refused")
+    lines.append(
+        f"limits: {limit}, {MAX_NODES} nodes a tree; beam search, recurrent and encoder-decoder "
+        "models are refused"
+    )
     return "\n".join(lines)
 
 
 def _model_line(model: TreeModel) -> str:
-    return f"{model.name}, {str(model.dtype).removeprefix('torch.')} on {model.device}, verifies trees (checked at attachment)"
+    dtype = str(model.dtype).removeprefix("torch.")
+    return f"{model.name}, {dtype} on {model.device}, verifies trees (checked at attachment)"
 
 
 def _attention_line(model: TreeModel) -> str:
@@ -109,15 +123,13 @@ def _recording_line(model: TreeModel) -> str:
     return f"on; shapes so far: {shapes or 'none'} nodes; {packed} MiB of prepacked weights"
 
 
-# --- profile --------------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class ProfileReport:
     """Where the time goes; all figures are milliseconds, medians where a step was repeated.
 
     Attributes:
-        round_ms: of the parts of a mean round of a real generation: draft, verify, commit, and the rest.
+        round_ms: of the parts of a mean round of a real generation: draft, verify, commit, and the
+            rest.
         tokens_per_round: of that generation.
         verify_ms: of one target forward, by nodes.
         draft_ms: of one draft forward, by nodes; empty without a draft model.
@@ -133,7 +145,10 @@ class ProfileReport:
         lines = [f"a round, ms: {parts}; {self.tokens_per_round:.2f} tokens a round"]
         for name, times in (("verification", self.verify_ms), ("draft level", self.draft_ms)):
             if times:
-                lines.append(f"{name}, ms by nodes: " + ", ".join(f"{n}: {ms:.2f}" for n, ms in times.items()))
+                lines.append(
+                    f"{name}, ms by nodes: "
+                    + ", ".join(f"{n}: {ms:.2f}" for n, ms in times.items())
+                )
         return "\n".join(lines)
 
 
@@ -156,7 +171,9 @@ def profile(spec: TreeSpeculator, input_ids: torch.Tensor, max_new_tokens: int) 
 
 
 @torch.inference_mode()
-def _forward_times(model: TreeModel, prefix: int, sizes: tuple[int, ...], repeats: int = 9) -> dict[int, float]:
+def _forward_times(
+    model: TreeModel, prefix: int, sizes: tuple[int, ...], repeats: int = 9
+) -> dict[int, float]:
     """Median milliseconds of a forward of that many nodes behind `prefix` rows."""
     model.begin()
     model.allocate(1, prefix + max(sizes))
@@ -184,21 +201,24 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-# --- self-check -----------------------------------------------------------------------------------------------------
-
-
 def self_check(
     spec: TreeSpeculator, input_ids: torch.Tensor, num_nodes: int, new_tokens: int, seed: int
 ) -> SelfCheckReport:
     """The work of `TreeSpeculator.self_check`."""
-    request, _ = spec._prepare(input_ids, None, 0, None, {"max_new_tokens": new_tokens, "do_sample": False})
+    request, _ = spec._prepare(
+        input_ids, None, 0, None, {"max_new_tokens": new_tokens, "do_sample": False}
+    )
     ids = request.input_ids[:1]
     if ids.shape[1] < 2:
-        raise ValueError(f"input_ids must hold at least 2 tokens for a self-check; got {ids.shape[1]}")
+        raise ValueError(
+            f"input_ids must hold at least 2 tokens for a self-check; got {ids.shape[1]}"
+        )
     dtype = spec._target.dtype
     sizes = sorted({1, 2, max(3, num_nodes // 4), num_nodes})
     errors = [_tree_error(spec._target, ids, size, seed + k) for k, size in enumerate(sizes)]
-    report = SelfCheckReport(dtype, len(sizes), max(errors), _ROUNDING.get(dtype, _ROUNDING[torch.bfloat16]))
+    report = SelfCheckReport(
+        dtype, len(sizes), max(errors), _ROUNDING.get(dtype, _ROUNDING[torch.bfloat16])
+    )
     plain = Engine(spec._target, [], Policy())
     for name, options in {
         "greedy": {"do_sample": False},
@@ -208,16 +228,22 @@ def self_check(
         options = {"max_new_tokens": new_tokens, **options}
         expected = _tokens(spec, plain, ids, seed, options)
         found = _tokens(spec, spec._engine, ids, seed, options)
-        different = next((k for k, pair in enumerate(zip(expected, found)) if pair[0] != pair[1]), None)
+        different = next(
+            (k for k, pair in enumerate(zip(expected, found)) if pair[0] != pair[1]), None
+        )
         if different is None and len(expected) != len(found):
             different = min(len(expected), len(found))
         report.tokens[name] = (len(expected), different)
-        if different is not None and _is_tie(spec, ids, expected, found, different, seed, options, report.logit_tolerance):
+        if different is not None and _is_tie(
+            spec, ids, expected, found, different, seed, options, report.logit_tolerance
+        ):
             report.ties.add(name)
     return report
 
 
-def _tokens(spec: TreeSpeculator, engine: Engine, ids: torch.Tensor, seed: int, options: dict) -> list[int]:
+def _tokens(
+    spec: TreeSpeculator, engine: Engine, ids: torch.Tensor, seed: int, options: dict
+) -> list[int]:
     request, _ = spec._prepare(ids, None, seed, None, dict(options))
     for _ in engine.run(request):
         pass
@@ -226,9 +252,12 @@ def _tokens(spec: TreeSpeculator, engine: Engine, ids: torch.Tensor, seed: int, 
 
 @torch.inference_mode()
 def _tree_error(target: TreeModel, ids: torch.Tensor, num_nodes: int, seed: int) -> float:
-    """Largest logit difference between a random tree and its paths forwarded as sequences by the untouched model."""
+    """Largest logit difference between a random tree and its paths forwarded as sequences by the
+    untouched model."""
     generator = torch.Generator().manual_seed(seed)
-    parents = [-1] + [int(torch.randint(node, (1,), generator=generator)) for node in range(1, num_nodes)]
+    parents = [-1] + [
+        int(torch.randint(node, (1,), generator=generator)) for node in range(1, num_nodes)
+    ]
     tokens = torch.randint(target.vocab_size, (1, num_nodes), generator=generator).to(ids.device)
     visible = ancestor_matrix(torch.tensor([parents], device=ids.device), num_nodes)
     depths = visible.sum(2) - 1
@@ -253,7 +282,9 @@ def _is_tie(spec, ids, expected, found, position, seed, options, tolerance) -> b
     if position >= min(len(expected), len(found)):
         return False
     target = spec._target
-    text = torch.cat([ids, torch.tensor([expected[:position]], device=ids.device, dtype=ids.dtype)], dim=1)
+    text = torch.cat(
+        [ids, torch.tensor([expected[:position]], device=ids.device, dtype=ids.dtype)], dim=1
+    )
     request, _ = spec._prepare(text, None, seed, None, {**options, "max_new_tokens": 1})
     target.begin()
     target.allocate(1, text.shape[1] + 1)

@@ -1,8 +1,10 @@
-"""How tokens are picked: logits processors, coupled noise, and the scores by which drafts rank their children.
+"""How tokens are picked: logits processors, coupled noise, and the scores by which drafts rank
+their children.
 
-Under coupled sampling the token at a position is the argmax of the processed logits plus Gumbel noise keyed on (seed, row,
-position), an exact sample (Gumbel-max); a draft ranks its children by its own logits plus the *same* noise, so the two agree
-more often than independent draws would (Daliri et al., 2408.07978). See docs/concepts.md.
+Under coupled sampling the token at a position is the argmax of the processed logits plus Gumbel
+noise keyed on (seed, row, position), an exact sample (Gumbel-max); a draft ranks its children by
+its own logits plus the *same* noise, so the two agree more often than independent draws would
+(Daliri et al., 2408.07978). See docs/concepts.md.
 """
 
 from __future__ import annotations
@@ -20,7 +22,12 @@ RULES = ("coupled", "target_only", "without_replacement", "traversal")
 # Processors that look at one row of scores alone, and cost a draft no sort of the vocabulary.
 _DRAFT_PROCESSORS = tuple(
     getattr(logits_process, name)
-    for name in ("TemperatureLogitsWarper", "TopKLogitsWarper", "MinPLogitsWarper", "SuppressTokensLogitsProcessor")
+    for name in (
+        "TemperatureLogitsWarper",
+        "TopKLogitsWarper",
+        "MinPLogitsWarper",
+        "SuppressTokensLogitsProcessor",
+    )
 )
 # What processors of transformers hold of every row of a batch.
 _ROW_STATE = ("prompt_ignore_length", "encoder_input_ids", "generated_ngrams")
@@ -28,7 +35,8 @@ _NOISE_BLOCK = 32
 
 
 class CoupledNoise:
-    """Gumbel noise of every row, made in blocks of positions and kept until the text has passed them.
+    """Gumbel noise of every row, made in blocks of positions and kept until the text has passed
+    them.
 
     Args:
         seed: non-negative 64-bit integer.
@@ -37,7 +45,9 @@ class CoupledNoise:
         device: where the noise is used.
     """
 
-    def __init__(self, seed: int, row_ids: list[int], vocab_size: int, device: torch.device) -> None:
+    def __init__(
+        self, seed: int, row_ids: list[int], vocab_size: int, device: torch.device
+    ) -> None:
         self.seed = seed
         self.row_ids = list(row_ids)
         self.vocab_size = vocab_size
@@ -60,7 +70,9 @@ class CoupledNoise:
         """Float32 `[B, 1, V]`, one position a row."""
         if len(positions) == 1:
             return self.at(0, positions[0]).view(1, 1, -1)
-        return torch.stack([self.at(row, position) for row, position in enumerate(positions)])[:, None]
+        return torch.stack([self.at(row, position) for row, position in enumerate(positions)])[
+            :, None
+        ]
 
     def drop_row(self, row: int) -> None:
         self.row_ids[row] = self.row_ids[-1]
@@ -68,8 +80,13 @@ class CoupledNoise:
 
 
 def processor_of_row(processor: LogitsProcessor, row: int) -> LogitsProcessor:
-    """A processor as one row needs it: without the other rows' share of what it holds of a batch."""
-    held = {name: value[row : row + 1] for name in _ROW_STATE if (value := _batched(processor, name)) is not None}
+    """A processor as one row needs it: without the other rows' share of what it holds of a
+    batch."""
+    held = {
+        name: value[row : row + 1]
+        for name in _ROW_STATE
+        if (value := _batched(processor, name)) is not None
+    }
     # SynthID makes its state of a batch at its first call
     if not held and not hasattr(processor, "_init_state"):
         return processor
@@ -106,14 +123,18 @@ class TokenPicker:
         device: torch.device,
         rule: str = "coupled",
     ) -> None:
-        self._processors = [LogitsProcessorList(processor_of_row(p, row) for p in processors) for row in row_ids]
+        self._processors = [
+            LogitsProcessorList(processor_of_row(p, row) for p in processors) for row in row_ids
+        ]
         self.do_sample = do_sample
         self.rule = rule
         self.vocab_size = vocab_size
         self.noise = CoupledNoise(seed, row_ids, vocab_size, device) if do_sample else None
         self._draft_processors = [p for p in processors if type(p) in _DRAFT_PROCESSORS]
 
-    def pick(self, ids: torch.Tensor, logits: torch.Tensor, row: int, position: int) -> tuple[int, torch.Tensor]:
+    def pick(
+        self, ids: torch.Tensor, logits: torch.Tensor, row: int, position: int
+    ) -> tuple[int, torch.Tensor]:
         """The target's token for `position`.
 
         Args:
@@ -147,13 +168,17 @@ class TokenPicker:
         """Whether a draft sees the noise that decides the target's pick."""
         return self.noise is not None and self.rule == "coupled"
 
-    def rank(self, logits: torch.Tensor, positions: list[int], sharpness: float = 1.0) -> torch.Tensor:
+    def rank(
+        self, logits: torch.Tensor, positions: list[int], sharpness: float = 1.0
+    ) -> torch.Tensor:
         """A draft's log-probabilities that a token is the one the target will pick.
 
         Args:
             logits: `[B, F, V]` of the draft.
-            positions: unpadded position of the tokens to rank, one a row (a level has one position).
-            sharpness: factor on the scores: a pick is more certain than a draw (docs/design/003-auto.md).
+            positions: unpadded position of the tokens to rank, one a row (a level has one
+                position).
+            sharpness: factor on the scores: a pick is more certain than a draw
+                (docs/design/003-auto.md).
 
         Returns:
             float32 `[B, F, V]`.

@@ -1,4 +1,5 @@
-"""Tree shapes: what a user asks the drafts to grow. Frozen, validated at construction, and free of any tensor."""
+"""Tree shapes: what a user asks the drafts to grow. Frozen, validated at construction, and free of
+any tensor."""
 
 from __future__ import annotations
 
@@ -56,14 +57,14 @@ class Chain(Shape):
 class FixedTree(Shape):
     """Every node of a level gets the same number of children, except where its path is unlikely.
 
-    With `first_branching=1` these are the trees of the DynaTree experiment, whose depth counts from 0:
-    its D=7, B=2 is `FixedTree(depth=8, branching=2, first_branching=1)`.
+    With `first_branching=1` these are the trees of the DynaTree experiment, whose depth counts from
+    0: its D=7, B=2 is `FixedTree(depth=8, branching=2, first_branching=1)`.
 
     Args:
         depth: drafted levels, 1 to 64.
         branching: children of an expanded node, 1 to 64.
-        prune_threshold: cumulative draft probability under which a node is kept and verified but not
-            expanded; in [0, 1), 0 turns pruning off.
+        prune_threshold: cumulative draft probability under which a node is kept and verified but
+            not expanded; in [0, 1), 0 turns pruning off.
         max_nodes: most nodes of a tree, root included, 2 to 256; the likeliest are kept.
         first_branching: children of the root; None takes `branching`.
     """
@@ -83,13 +84,15 @@ class FixedTree(Shape):
             _check_int("FixedTree", "first_branching", self.first_branching, 1, 64)
         if self.max_nodes < self.depth + 1:
             raise ValueError(
-                f"FixedTree: max_nodes must be at least depth + 1 = {self.depth + 1}; got {self.max_nodes}"
+                f"FixedTree: max_nodes must be at least depth + 1 = {self.depth + 1}; got "
+                f"{self.max_nodes}"
             )
 
 
 @dataclass(frozen=True)
 class BestFirstTree(Shape):
-    """The likeliest `max_nodes` nodes by cumulative draft probability, grown level by level (EAGLE-2, 2406.16858).
+    """The likeliest `max_nodes` nodes by cumulative draft probability, grown level by level
+    (EAGLE-2, 2406.16858).
 
     Args:
         max_nodes: nodes verified a round, root included, 2 to 256.
@@ -111,12 +114,13 @@ class BestFirstTree(Shape):
 class AdaptiveTree(Shape):
     """DynaTree's adaptive rules: breadth by confidence, depth by path probability, and history.
 
-    Breadth: an expanded node whose best child has draft probability above `high_confidence` gets 1 child, below
-    `low_confidence` it gets `max_branching`, else `branching`. Depth: a node is expanded while its path probability is
-    at least `stop_threshold`; from `base_depth` on only while it is above `deepen_threshold`, and never beyond `max_depth`.
-    History: over the last `window` rounds the mean share of the base depth that was accepted is held
-    against `target_acceptance` +- `tolerance`; above it the base depth grows by one and both depth thresholds
-    fall by `threshold_step`, below it the opposite.
+    Breadth: an expanded node whose best child has draft probability above `high_confidence` gets 1
+    child, below `low_confidence` it gets `max_branching`, else `branching`. Depth: a node is
+    expanded while its path probability is at least `stop_threshold`; from `base_depth` on only
+    while it is above `deepen_threshold`, and never beyond `max_depth`.
+    History: over the last `window` rounds the mean share of the base depth that was accepted is
+    held against `target_acceptance` +- `tolerance`; above it the base depth grows by one and both
+    depth thresholds fall by `threshold_step`, below it the opposite.
 
     Args:
         base_depth: levels grown without a second thought, 1 to `max_depth`.
@@ -151,8 +155,15 @@ class AdaptiveTree(Shape):
         _check_int("AdaptiveTree", "branching", self.branching, 1, self.max_branching)
         _check_int("AdaptiveTree", "window", self.window, 1, 1000)
         _check_int("AdaptiveTree", "max_nodes", self.max_nodes, 2, MAX_NODES)
-        for name in ("high_confidence", "low_confidence", "stop_threshold", "deepen_threshold",
-                     "target_acceptance", "tolerance", "threshold_step"):
+        for name in (
+            "high_confidence",
+            "low_confidence",
+            "stop_threshold",
+            "deepen_threshold",
+            "target_acceptance",
+            "tolerance",
+            "threshold_step",
+        ):
             _check_fraction("AdaptiveTree", name, getattr(self, name))
         if self.low_confidence > self.high_confidence:
             raise ValueError(
@@ -179,5 +190,6 @@ def resolve_shape(tree: object) -> Shape | None:
             return None
         raise ValueError(f'tree must be "auto" or a shape such as BestFirstTree(); got {tree!r}')
     raise TypeError(
-        f'tree must be "auto", Chain, FixedTree, BestFirstTree or AdaptiveTree; got {type(tree).__name__}'
+        'tree must be "auto", Chain, FixedTree, BestFirstTree or AdaptiveTree; got '
+        f"{type(tree).__name__}"
     )

@@ -1,4 +1,5 @@
-"""`TreeSpeculator`: the text a target model would write, by drafting trees and verifying each in one forward."""
+"""`TreeSpeculator`: the text a target model would write, by drafting trees and verifying each in
+one forward."""
 
 from __future__ import annotations
 
@@ -34,21 +35,26 @@ class TreeSpeculator:
     """Makes a causal LM generate the very same text faster.
 
     Args:
-        target: any decoder-only causal LM of transformers whose type can verify a tree; it is checked at once on a small
-            tree, and left exactly as it was after every call.
-        draft: a smaller causal LM with the same vocabulary; "ngram" (lookup in the text so far); a `DraftSource`; a list of
-            these, merged into one tree; or None, plain decoding in the same engine.
-        tree: "auto" (decides by measured cost and running acceptance, and adds lookup by itself) or a shape:
-            `Chain`, `FixedTree`, `BestFirstTree`, `AdaptiveTree`, which use exactly the sources given.
+        target: any decoder-only causal LM of transformers whose type can verify a tree; it is
+            checked at once on a small tree, and left exactly as it was after every call.
+        draft: a smaller causal LM with the same vocabulary; "ngram" (lookup in the text so far); a
+            `DraftSource`; a list of these, merged into one tree; or None, plain decoding in the
+            same engine.
+        tree: "auto" (decides by measured cost and running acceptance, and adds lookup by itself) or
+            a shape: `Chain`, `FixedTree`, `BestFirstTree`, `AdaptiveTree`, which use exactly the
+                sources given.
         tokenizer: needed for `stop_strings` and for text prompts.
-        sampling: "coupled" (same seed, same text, with or without speculation) or "target_only" (the same text, but the
-            draft does not know the noise; for comparison).
-        attention: "triton" (an error where it cannot run), "torch", or "auto": Triton on a GPU, PyTorch elsewhere.
+        sampling: "coupled" (same seed, same text, with or without speculation) or "target_only"
+            (the same text, but the draft does not know the noise; for comparison).
+        attention: "triton" (an error where it cannot run), "torch", or "auto": Triton on a GPU,
+            PyTorch elsewhere.
         cuda_graphs: "auto" or False.
-        capture: "auto" records small forwards on a CPU as straight lines of ATen calls; False turns that off.
+        capture: "auto" records small forwards on a CPU as straight lines of ATen calls; False turns
+            that off.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: if a model or an option does not fit; the message names the argument.
+        TypeError, ValueError, NotImplementedError: if a model or an option does not fit; the
+            message names the argument.
     """
 
     def __init__(
@@ -65,7 +71,9 @@ class TreeSpeculator:
         self.shape = resolve_shape(tree)
         checks.option("sampling", sampling, RULES)
         if sampling not in ("coupled", "target_only"):
-            raise NotImplementedError(f'sampling="{sampling}" is not wired into generation yet; use "coupled"')
+            raise NotImplementedError(
+                f'sampling="{sampling}" is not wired into generation yet; use "coupled"'
+            )
         checks.option("attention", attention, ("auto", "torch", "triton"))
         checks.option("cuda_graphs", cuda_graphs, ("auto", True, False))
         checks.option("capture", capture, ("auto", True, False))
@@ -105,8 +113,6 @@ class TreeSpeculator:
 
         return AutoPolicy(self._model is not None, with_lookup)
 
-    # --- generation ---------------------------------------------------------------------------------------------
-
     def generate(
         self,
         input_ids: torch.Tensor | None = None,
@@ -122,18 +128,21 @@ class TreeSpeculator:
         Args:
             input_ids: int `[B, W]`, left-padded.
             attention_mask: `[B, W]` zeros over the padding.
-            seed: of sampling; an int, a `torch.Generator`, or None to draw one from torch's global generator.
+            seed: of sampling; an int, a `torch.Generator`, or None to draw one from torch's global
+                generator.
             streamer: of transformers; batch 1.
             stop_strings: end a row after any of these; needs `tokenizer`.
-            **kwargs: as in `target.generate`: `max_new_tokens`, `do_sample`, `temperature`, `generation_config`,
-                `logits_processor`, `stopping_criteria`, `eos_token_id`, `num_return_sequences`, ...
+            **kwargs: as in `target.generate`: `max_new_tokens`, `do_sample`, `temperature`,
+                `generation_config`, `logits_processor`, `stopping_criteria`, `eos_token_id`,
+                `num_return_sequences`, ...
 
         Returns:
             int64 `[B, W + new]`, padded like transformers', or a `GenerateDecoderOnlyOutput` with
             `return_dict_in_generate` (its `past_key_values` is None).
 
         Raises:
-            TypeError, ValueError, NotImplementedError: before any work; the message names the argument.
+            TypeError, ValueError, NotImplementedError: before any work; the message names the
+                argument.
         """
         request, config = self._prepare(input_ids, attention_mask, seed, stop_strings, kwargs)
         return self._run(request, config, streamer)
@@ -149,11 +158,14 @@ class TreeSpeculator:
     ) -> Iterator[torch.Tensor]:
         """Generates for one prompt, yielding every round's new ids as a 1-D LongTensor.
 
-        Arguments and errors are those of `generate`; what was yielded stays valid whatever happens later.
+        Arguments and errors are those of `generate`; what was yielded stays valid whatever happens
+        later.
         """
         request, _ = self._prepare(input_ids, attention_mask, seed, stop_strings, kwargs)
         if len(request.prompts) != 1:
-            raise ValueError(f"input_ids must hold one prompt to stream; got {len(request.prompts)}")
+            raise ValueError(
+                f"input_ids must hold one prompt to stream; got {len(request.prompts)}"
+            )
         return self._stream(request)
 
     def _stream(self, request: Request) -> Iterator[torch.Tensor]:
@@ -177,9 +189,10 @@ class TreeSpeculator:
             max_new_tokens: as in `generate`.
             max_batch: most prompts at a time.
             progress: show a progress bar.
-            output: a JSON-lines file that every finished prompt is appended to; prompts it already holds are not
-                generated again, so an interrupted run can be resumed.
-            **kwargs: as in `generate`. A `seed` is used for every batch, with a row's place in its batch.
+            output: a JSON-lines file that every finished prompt is appended to; prompts it already
+                holds are not generated again, so an interrupted run can be resumed.
+            **kwargs: as in `generate`. A `seed` is used for every batch, with a row's place in its
+                batch.
 
         Returns:
             Per prompt, in the order given, a 1-D LongTensor of prompt and new ids without padding.
@@ -201,11 +214,14 @@ class TreeSpeculator:
     ):
         """What `target.generate(..., custom_generate=spec)` calls.
 
-        An argument named here that `generate` prepares too, such as `attention_mask`, would be passed twice.
+        An argument named here that `generate` prepares too, such as `attention_mask`, would be
+        passed twice.
         """
         checks.seed(seed)
         if model is not self.target:
-            raise ValueError("custom_generate must be called on the target this speculator was made for")
+            raise ValueError(
+                "custom_generate must be called on the target this speculator was made for"
+            )
         past = model_kwargs.get("past_key_values")
         if past is not None and past.get_seq_length() > 0:
             raise NotImplementedError("past_key_values: a filled cache cannot be continued")
@@ -219,15 +235,20 @@ class TreeSpeculator:
         )
         return self._run(request, generation_config, None)
 
-    def _prepare(self, input_ids, attention_mask, seed, stop_strings, kwargs) -> tuple[Request, Any]:
-        """Lets transformers work out configuration, processors and stopping rules, then stops short of decoding."""
+    def _prepare(
+        self, input_ids, attention_mask, seed, stop_strings, kwargs
+    ) -> tuple[Request, Any]:
+        """Lets transformers work out configuration, processors and stopping rules, then stops short
+        of decoding."""
         checks.input_ids(input_ids, self._target.vocab_size)
         checks.attention_mask(attention_mask, input_ids)
         checks.seed(seed)
         checks.generate_options(kwargs, self.target.generation_config)
         input_ids = input_ids.to(self._target.device, torch.long)
         tokenizer = kwargs.pop("tokenizer", None) or self.tokenizer
-        stop_strings = checks.stop_strings(stop_strings, kwargs, self.target.generation_config, tokenizer)
+        stop_strings = checks.stop_strings(
+            stop_strings, kwargs, self.target.generation_config, tokenizer
+        )
         if stop_strings is not None:
             criteria = StoppingCriteriaList(kwargs.pop("stopping_criteria", None) or [])
             criteria.append(StopStringCriteria(tokenizer, stop_strings))
@@ -263,16 +284,20 @@ class TreeSpeculator:
         longest = max(len(prompt) for prompt in prompts)
         if limit is not None and longest + budget > limit:
             raise ValueError(
-                f"max_new_tokens: the prompt's {longest} tokens and {budget} new ones exceed the target's "
+                f"max_new_tokens: the prompt's {longest} tokens and {budget} new ones exceed the "
+                "target's "
                 f"{limit} positions"
             )
         if self._model is not None and self._model.position_limit is not None:
             if longest + budget > self._model.position_limit:
                 raise ValueError(
-                    f"max_new_tokens: the prompt's {longest} tokens and {budget} new ones exceed the draft's "
+                    f"max_new_tokens: the prompt's {longest} tokens and {budget} new ones exceed "
+                    "the draft's "
                     f"{self._model.position_limit} positions"
                 )
-        stop = [c for c in criteria or [] if not isinstance(c, (EosTokenCriteria, MaxLengthCriteria))]
+        stop = [
+            c for c in criteria or [] if not isinstance(c, (EosTokenCriteria, MaxLengthCriteria))
+        ]
         picker = TokenPicker(
             processors if processors is not None else [],
             config.do_sample,
@@ -289,9 +314,13 @@ class TreeSpeculator:
             picker=picker,
             eos_ids=checks.eos_ids(criteria),
             # every criterion is asked, also after one has said yes: they may keep count
-            stop=(lambda ids: any([bool(torch.as_tensor(c(ids, None)).all()) for c in stop])) if stop else None,
+            stop=(lambda ids: sum(bool(torch.as_tensor(c(ids, None)).all()) for c in stop) > 0)
+            if stop
+            else None,
             pad_id=config.pad_token_id if config.pad_token_id is not None else 0,
-            keep_scores=bool(config.return_dict_in_generate and (config.output_scores or config.output_logits)),
+            keep_scores=bool(
+                config.return_dict_in_generate and (config.output_scores or config.output_logits)
+            ),
         )
 
     def _run(self, request: Request, config, streamer):
@@ -318,11 +347,13 @@ class TreeSpeculator:
             return sequences
         return GenerateDecoderOnlyOutput(
             sequences=sequences,
-            scores=_by_step([row.scores for row in rows], longest) if config.output_scores else None,
-            logits=_by_step([row.logits for row in rows], longest) if config.output_logits else None,
+            scores=_by_step([row.scores for row in rows], longest)
+            if config.output_scores
+            else None,
+            logits=_by_step([row.logits for row in rows], longest)
+            if config.output_logits
+            else None,
         )
-
-    # --- insight ------------------------------------------------------------------------------------------------
 
     @property
     def stats(self) -> SpeculationStats:
@@ -330,13 +361,17 @@ class TreeSpeculator:
         return self._engine.stats
 
     def explain(self) -> str:
-        """Which attention path, which shape and why, capture state, and what this model type allows."""
+        """Which attention path, which shape and why, capture state, and what this model type
+        allows."""
         from treespec.report import explain
 
         return explain(self)
 
-    def self_check(self, input_ids: torch.Tensor, num_nodes: int = 32, new_tokens: int = 32, seed: int = 0) -> SelfCheckReport:
-        """Proves losslessness on this very pair: logits of random trees against sequences, and tokens at T = 0 and T > 0.
+    def self_check(
+        self, input_ids: torch.Tensor, num_nodes: int = 32, new_tokens: int = 32, seed: int = 0
+    ) -> SelfCheckReport:
+        """Proves losslessness on this very pair: logits of random trees against sequences, and
+        tokens at T = 0 and T > 0.
 
         Args:
             input_ids: int `[1, W]`, a prompt.
@@ -352,7 +387,8 @@ class TreeSpeculator:
         return self_check(self, input_ids, num_nodes, new_tokens, seed)
 
     def prefill(self, input_ids: torch.Tensor) -> int:
-        """Forwards a common beginning once; later prompts that begin with it skip that part of their prefill.
+        """Forwards a common beginning once; later prompts that begin with it skip that part of
+        their prefill.
 
         A second call replaces the first prefix, `reset` forgets it.
 
@@ -364,14 +400,17 @@ class TreeSpeculator:
         """
         checks.input_ids(input_ids, self._target.vocab_size)
         if input_ids.shape[0] != 1:
-            raise ValueError(f"input_ids must be one prefix [1, W]; got shape {list(input_ids.shape)}")
+            raise ValueError(
+                f"input_ids must be one prefix [1, W]; got shape {list(input_ids.shape)}"
+            )
         ids = input_ids.to(self._target.device, torch.long)
         for model in filter(None, (self._target, self._model)):
             model.keep_prefix(ids)
         return ids.shape[1]
 
     def warmup(self, batch_sizes: list[int] | int = 1, max_length: int = 512) -> None:
-        """Allocates buffers and records the usual forwards, so that the first real call is not the slow one.
+        """Allocates buffers and records the usual forwards, so that the first real call is not the
+        slow one.
 
         Args:
             batch_sizes: rows of the calls to come.
@@ -387,7 +426,9 @@ class TreeSpeculator:
         pattern = torch.arange(max_length - new_tokens) % 7 % self._target.vocab_size
         for batch in sizes:
             ids = pattern.repeat(batch, 1)
-            request, _ = self._prepare(ids, None, None, None, {"max_new_tokens": new_tokens, "do_sample": False})
+            request, _ = self._prepare(
+                ids, None, None, None, {"max_new_tokens": new_tokens, "do_sample": False}
+            )
             request.eos_ids = frozenset()
             for _ in self._engine.run(request):
                 pass
@@ -400,7 +441,8 @@ class TreeSpeculator:
             max_new_tokens: tokens generated for the measurement.
 
         Returns:
-            A `ProfileReport`: milliseconds a round by part, and of one verification by nodes and one draft level by width.
+            A `ProfileReport`: milliseconds a round by part, and of one verification by nodes and
+                one draft level by width.
         """
         from treespec.report import profile
 

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, field
 
 @dataclass
 class RowStats:
-    """One sequence's share: `rounds` it took part in, `new_tokens` it got, `accepted` drafted tokens kept."""
+    """One sequence's share: `rounds` it took part in, `new_tokens` it got, `accepted` drafted
+    tokens kept."""
 
     rounds: int = 0
     new_tokens: int = 0
@@ -19,9 +20,10 @@ class RowStats:
 class SpeculationStats:
     """Counts and times of one call.
 
-    `rounds` counts target forwards after prefill; `drafted_nodes` counts verified nodes without roots, over all rows;
-    `accept_lengths` maps an accept length (drafted tokens kept in one round of one row) to how often it occurred.
-    Times are milliseconds of wall time, the last figure being the whole call.
+    `rounds` counts target forwards after prefill; `drafted_nodes` counts verified nodes without
+    roots, over all rows; `accept_lengths` maps an accept length (drafted tokens kept in one round
+    of one row) to how often it occurred. Times are milliseconds of wall time, the last figure being
+    the whole call.
     """
 
     rounds: int = 0
@@ -38,7 +40,8 @@ class SpeculationStats:
 
     @property
     def tokens_per_round(self) -> float:
-        """New tokens of a row per target forward it took part in: 1 + mean accept length, save for a cut last round."""
+        """New tokens of a row per target forward it took part in: 1 + mean accept length, save for
+        a cut last round."""
         rounds = sum(row.rounds for row in self.per_row)
         return self.new_tokens / rounds if rounds else 0.0
 

@@ -1,7 +1,9 @@
-"""One batch of trees: growing candidate nodes level by level, merging lookups as a trie, selecting the best.
+"""One batch of trees: growing candidate nodes level by level, merging lookups as a trie, selecting
+the best.
 
-A `Growth` collects candidates of all rows in step (same count for every row, `-inf` marks an empty place), parents
-always before children. `select` cuts it down to the `Tree` that is verified. No step loops over nodes.
+A `Growth` collects candidates of all rows in step (same count for every row, `-inf` marks an empty
+place), parents always before children. `select` cuts it down to the `Tree` that is verified. No
+step loops over nodes.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ _POOL = 512
 
 @dataclass
 class Tree:
-    """Trees ready to be verified; node 0 is the root, parents come before children, places beyond are padding.
+    """Trees ready to be verified; node 0 is the root, parents come before children, places beyond
+    are padding.
 
     Attributes:
         tokens: int64 `[B, N]`.
@@ -26,7 +29,8 @@ class Tree:
         visible: bool `[B, N, N]`; row i marks the ancestors of node i and itself.
         num_nodes: int64 `[B]`.
         scores: float32 `[B, N]` cumulative log-probabilities; 0 for the root.
-        draft_rows: int64 `[B, N]`, the draft's row of a node it has forwarded, else -1; None without a draft model.
+        draft_rows: int64 `[B, N]`, the draft's row of a node it has forwarded, else -1; None
+            without a draft model.
         lookup: bool `[B, N]`, nodes that a lookup proposed; None without lookups.
     """
 
@@ -84,7 +88,8 @@ def ancestor_matrix(parents: torch.Tensor, max_depth: int) -> torch.Tensor:
 
 
 def pack_bits(visible: torch.Tensor) -> torch.Tensor:
-    """Bool `[B, N, T]` as int32 words `[B, N, ceil(T/32)]`; bit j % 32 of word j // 32 is column j."""
+    """Bool `[B, N, T]` as int32 words `[B, N, ceil(T/32)]`; bit j % 32 of word j // 32 is column
+    j."""
     words = F.pad(visible, (0, -visible.shape[2] % 32)).unflatten(2, (-1, 32)).long()
     packed = (words << torch.arange(32, device=visible.device)).sum(-1)
     return torch.where(packed >= 1 << 31, packed - (1 << 32), packed).to(torch.int32)
@@ -94,21 +99,26 @@ def pack_bits(visible: torch.Tensor) -> torch.Tensor:
 _VOTES = (0.4, 0.25, 0.2, 0.15)
 
 
-def merge_continuations(continuations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def merge_continuations(
+    continuations: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Shares common beginnings of continuations, making them a trie.
 
     Args:
         continuations: int64 `[B, M, L]`, -1 padded.
 
     Returns:
-        parents: int64 `[B, M, L]`; place `m * L + l` of the parent, -1 where the parent is the root.
+        parents: int64 `[B, M, L]`; place `m * L + l` of the parent, -1 where the parent is the
+            root.
         fresh: bool `[B, M, L]`; whether the place holds a node of its own.
         share: float32 `[B, M, L]`; the weighted share of continuations that go through the place.
     """
     batch, num, length = continuations.shape
     device = continuations.device
     known = continuations >= 0
-    same = ((continuations.unsqueeze(2) == continuations.unsqueeze(1)) & known.unsqueeze(1)).cumprod(-1)
+    same = (
+        (continuations.unsqueeze(2) == continuations.unsqueeze(1)) & known.unsqueeze(1)
+    ).cumprod(-1)
     first = same.argmax(2)  # the first continuation that begins the same way
     order = torch.arange(num, device=device).view(1, num, 1)
     fresh = (first == order) & known
@@ -142,7 +152,8 @@ class Growth:
         self._draft_visible: torch.Tensor | None = None
 
     def all_scores(self) -> torch.Tensor:
-        """float32 `[B, C]` cumulative log-probabilities of all candidates, -inf for empty places."""
+        """float32 `[B, C]` cumulative log-probabilities of all candidates, -inf for empty
+        places."""
         return self.scores[:, : self.count]
 
     def lookup_scores(self) -> torch.Tensor:
@@ -163,9 +174,9 @@ class Growth:
         self.scores[:, place] = scores
         self._level_start, self.count = self.count, end
 
-    # --- lookups ------------------------------------------------------------------------------------------------
-
-    def add_lookups(self, continuations: torch.Tensor, first: list[float], later: list[float]) -> None:
+    def add_lookups(
+        self, continuations: torch.Tensor, first: list[float], later: list[float]
+    ) -> None:
         """Adds continuations of the committed text as a trie. At most once, before any level.
 
         Args:
@@ -180,11 +191,11 @@ class Growth:
         chances = torch.tensor([first, later], device=device).clamp_min_(1e-9).view(2, batch, 1, 1)
         scores = (share * chances[0] * chances[1] ** steps).log_().masked_fill_(~fresh, _EMPTY)
         self.num_lookups = num * length
-        self._append(continuations.flatten(1).clamp_min(0), parents.flatten(1) + 1, scores.flatten(1))
+        self._append(
+            continuations.flatten(1).clamp_min(0), parents.flatten(1) + 1, scores.flatten(1)
+        )
         self._level_start = self.count
         self._lookup_depths = steps.repeat(num) + 1
-
-    # --- levels of a stepwise source ----------------------------------------------------------------------------
 
     def begin_levels(self, max_rows: int, root_row: torch.Tensor, chain: torch.Tensor) -> None:
         """Prepares for a draft that forwards nodes as rows of its cache.
@@ -192,17 +203,23 @@ class Growth:
         Args:
             max_rows: rows the draft may use this round.
             root_row: int64 `[B]`, the draft's row of the root.
-            chain: bool `[B, R]`, the rows of this round's first forward that precede or hold the root.
+            chain: bool `[B, R]`, the rows of this round's first forward that precede or hold the
+                root.
         """
         batch, device = root_row.shape[0], root_row.device
         self._draft_rows = torch.full(self.tokens.shape, -1, dtype=torch.long, device=device)
         self._draft_rows[:, 0] = root_row
-        self._draft_visible = torch.zeros(batch, max_rows, max_rows, dtype=torch.bool, device=device)
+        self._draft_visible = torch.zeros(
+            batch, max_rows, max_rows, dtype=torch.bool, device=device
+        )
         index = root_row.view(batch, 1, 1).expand(-1, 1, chain.shape[1])
         self._draft_visible.scatter_(1, index, chain.unsqueeze(1))
 
-    def expand(self, logprobs: torch.Tensor, num_children: int, breadth: torch.Tensor | None = None) -> None:
-        """Gives every node of the frontier its likeliest children; children that a lookup had proposed are merged.
+    def expand(
+        self, logprobs: torch.Tensor, num_children: int, breadth: torch.Tensor | None = None
+    ) -> None:
+        """Gives every node of the frontier its likeliest children; children that a lookup had
+        proposed are merged.
 
         Args:
             logprobs: float32 `[B, F, V]` of the frontier.
@@ -222,11 +239,16 @@ class Growth:
             scores = self._merge_with_lookups(tokens, parents, scores)
         self._append(tokens, parents, scores)
 
-    def _merge_with_lookups(self, tokens: torch.Tensor, parents: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Where a new child repeats a lookup's node, that node takes the better score and the child vanishes."""
+    def _merge_with_lookups(
+        self, tokens: torch.Tensor, parents: torch.Tensor, scores: torch.Tensor
+    ) -> torch.Tensor:
+        """Where a new child repeats a lookup's node, that node takes the better score and the child
+        vanishes."""
         place = slice(1, 1 + self.num_lookups)
         known = self.scores[:, place]
-        same = (tokens.unsqueeze(2) == self.tokens[:, place].unsqueeze(1)) & (known > _EMPTY).unsqueeze(1)
+        same = (tokens.unsqueeze(2) == self.tokens[:, place].unsqueeze(1)) & (
+            known > _EMPTY
+        ).unsqueeze(1)
         same &= parents.unsqueeze(2) == self.parents[:, place].unsqueeze(1)
         better = torch.where(same, scores.unsqueeze(2), _EMPTY).amax(1)
         torch.maximum(known, better, out=known)
@@ -265,21 +287,24 @@ class Growth:
         """
         batch, width = self.frontier.shape
         rows = torch.arange(offset, offset + width, device=self.frontier.device).expand(batch, -1)
-        parent_rows = self._draft_rows.gather(1, self.parents.gather(1, self.frontier)).clamp_min_(0)
-        self._draft_rows.scatter_(1, self.frontier, rows.masked_fill(self._frontier_scores == _EMPTY, -1))
+        parent_rows = self._draft_rows.gather(1, self.parents.gather(1, self.frontier)).clamp_min_(
+            0
+        )
+        self._draft_rows.scatter_(
+            1, self.frontier, rows.masked_fill(self._frontier_scores == _EMPTY, -1)
+        )
         size = offset + width
         visible = self._draft_visible.gather(1, parent_rows.unsqueeze(2).expand(-1, -1, size))
         visible.scatter_(2, rows.unsqueeze(2), True)
         self._draft_visible[:, offset:size, :size] = visible
         return self.tokens.gather(1, self.frontier), visible
 
-    # --- selection ----------------------------------------------------------------------------------------------
-
     def select(self, max_nodes: int, max_depth: int, sizes: tuple[int, ...] = NODE_SIZES) -> Tree:
-        """The best `max_nodes` candidates, root included, as a tree; its width is rounded up to a common size.
+        """The best `max_nodes` candidates, root included, as a tree; its width is rounded up to a
+        common size.
 
-        A child is never likelier than its parent and never before it, so the best of a stable order are closed
-        under ancestors.
+        A child is never likelier than its parent and never before it, so the best of a stable order
+        are closed under ancestors.
         """
         scores, total = self.all_scores(), self.count
         if total > max_nodes:
@@ -295,14 +320,18 @@ class Growth:
         place = torch.zeros(len(scores), total + 1, dtype=torch.long, device=scores.device)
         place.scatter_(1, kept, torch.arange(limit, device=scores.device).expand(len(scores), -1))
         kept = kept.clamp_max_(total - 1)
-        parents = place.gather(1, self.parents.gather(1, kept).clamp_min_(0)).masked_fill_(absent, -1)
+        parents = place.gather(1, self.parents.gather(1, kept).clamp_min_(0)).masked_fill_(
+            absent, -1
+        )
         parents[:, 0] = -1
         padding = (0, round_up_nodes(limit, sizes) - limit)
         parents = F.pad(parents, padding, value=-1)
         visible = ancestor_matrix(parents, max_depth)
         draft_rows = lookup = None
         if self._draft_rows is not None:
-            draft_rows = F.pad(self._draft_rows.gather(1, kept).masked_fill_(absent, -1), padding, value=-1)
+            draft_rows = F.pad(
+                self._draft_rows.gather(1, kept).masked_fill_(absent, -1), padding, value=-1
+            )
         if self.num_lookups:
             lookup = F.pad((kept >= 1) & (kept <= self.num_lookups) & ~absent, padding)
         return Tree(
@@ -311,7 +340,9 @@ class Growth:
             depths=visible.sum(2) - 1,
             visible=visible,
             num_nodes=num_nodes,
-            scores=F.pad(scores.gather(1, kept).masked_fill_(absent, _EMPTY), padding, value=_EMPTY),
+            scores=F.pad(
+                scores.gather(1, kept).masked_fill_(absent, _EMPTY), padding, value=_EMPTY
+            ),
             draft_rows=draft_rows,
             lookup=lookup,
         )

@@ -1,4 +1,5 @@
-"""Whole models through the Triton attention kernel, in the interpreter where there is no GPU: token-identical text."""
+"""Whole models through the Triton attention kernel, in the interpreter where there is no GPU:
+token-identical text."""
 
 import copy
 
@@ -45,7 +46,9 @@ def _model(kind: str):
 def test_text_is_identical_through_the_kernel(kind, monkeypatch):
     target = _model(kind)
     # the draft agrees with the target, so that paths of several nodes are accepted
-    spec = TreeSpeculator(target, [copy.deepcopy(target), "ngram"], BestFirstTree(6, 2, 2), attention="triton")
+    spec = TreeSpeculator(
+        target, [copy.deepcopy(target), "ngram"], BestFirstTree(6, 2, 2), attention="triton"
+    )
     calls = 0
     in_kernel = hf.Forward._attend_in_kernel
 
@@ -55,7 +58,9 @@ def test_text_is_identical_through_the_kernel(kind, monkeypatch):
         return in_kernel(self, *args)
 
     monkeypatch.setattr(hf.Forward, "_attend_in_kernel", count)
-    ids = torch.randint(2, 128, (2, 16), generator=torch.Generator().manual_seed(1)).to(target.device)
+    ids = torch.randint(2, 128, (2, 16), generator=torch.Generator().manual_seed(1)).to(
+        target.device
+    )
     mask = torch.ones_like(ids)
     mask[1, :5] = 0
     options = {"max_new_tokens": 5, "do_sample": False}
@@ -77,7 +82,8 @@ def test_demo_pair_is_identical_through_the_kernel():
 
 
 def test_a_causal_mask_instead_of_the_tree_is_seen(monkeypatch):
-    """The same run with every earlier node visible: siblings leak, and the attachment check refuses the model."""
+    """The same run with every earlier node visible: siblings leak, and the attachment check refuses
+    the model."""
     target = _model("gpt_neox")
     pack = hf.pack_bits
     monkeypatch.setattr(hf, "pack_bits", lambda visible: pack(torch.ones_like(visible).tril()))

@@ -1,4 +1,5 @@
-"""Draft sources: a causal LM, lookups in the text itself, or anything that follows `DraftSource`."""
+"""Draft sources: a causal LM, lookups in the text itself, or anything that follows
+`DraftSource`."""
 
 from treespec.sources.base import DraftSource, OneShotSource, Proposal, Sequences, StepwiseSource
 from treespec.sources.ngram import NgramSource

@@ -1,8 +1,9 @@
 """The protocol of draft sources.
 
-Three kinds: *one-shot* sources propose continuations of the committed text at once (`OneShotSource`); *stepwise* sources
-are asked once a level with a frontier of nodes (`StepwiseSource`). Sources that answer with a block of levels from one pass
-fit the first kind when they propose paths. A source may propose anything: a bad proposal costs time, never text.
+Three kinds: *one-shot* sources propose continuations of the committed text at once
+(`OneShotSource`); *stepwise* sources are asked once a level with a frontier of nodes
+(`StepwiseSource`). Sources that answer with a block of levels from one pass fit the first kind when
+they propose paths. A source may propose anything: a bad proposal costs time, never text.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ class Sequences:
     """The committed text of every active row, as sources see it.
 
     Attributes:
-        tokens: int64 `[B, S]`, unpadded, left-aligned; what lies beyond a row's length is undefined.
-        lens: committed tokens of every row; the last one is the root, whose key-value row is not written yet.
+        tokens: int64 `[B, S]`, unpadded, left-aligned; what lies beyond a row's length is
+            undefined.
+        lens: committed tokens of every row; the last one is the root, whose key-value row is not
+            written yet.
     """
 
     tokens: torch.Tensor
@@ -44,18 +47,18 @@ class Proposal:
     match_lengths: list[int]
 
 
-class DraftSource(ABC):
+class DraftSource(ABC):  # noqa: B024 - its two kinds have the abstract methods
     """Where drafted tokens come from. Subclass `OneShotSource` or `StepwiseSource`."""
 
     name = "draft"
 
-    def begin(self, sequences: Sequences, capacity: int) -> None:
+    def begin(self, sequences: Sequences, capacity: int) -> None:  # noqa: B027
         """A new batch of sequences of at most `capacity` tokens begins."""
 
-    def drop_row(self, row: int) -> None:
+    def drop_row(self, row: int) -> None:  # noqa: B027
         """Row `row` is finished; the last active row takes its place."""
 
-    def end(self) -> None:
+    def end(self) -> None:  # noqa: B027
         """The batch is over, also after an error."""
 
 
@@ -68,12 +71,15 @@ class OneShotSource(DraftSource):
 
 
 class StepwiseSource(DraftSource):
-    """Gives next-token logits for nodes, one call a level, and keeps its own state of every node it was asked about."""
+    """Gives next-token logits for nodes, one call a level, and keeps its own state of every node it
+    was asked about."""
 
     vocab_size: int
 
     @abstractmethod
-    def root_logits(self, sequences: Sequences) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    def root_logits(
+        self, sequences: Sequences
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
         """Takes in what was committed since the last call.
 
         Returns:
@@ -98,4 +104,5 @@ class StepwiseSource(DraftSource):
 
     @abstractmethod
     def commit(self, paths: list[list[int]]) -> None:
-        """Keeps, behind the root, the rows of the nodes that were accepted and had been forwarded."""
+        """Keeps, behind the root, the rows of the nodes that were accepted and had been
+        forwarded."""

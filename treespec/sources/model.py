@@ -1,4 +1,5 @@
-"""A causal LM as a draft: one forward a level over the frontier of all rows, tree nodes as rows of its own cache."""
+"""A causal LM as a draft: one forward a level over the frontier of all rows, tree nodes as rows of
+its own cache."""
 
 from __future__ import annotations
 
@@ -38,7 +39,10 @@ class ModelSource(StepwiseSource):
 
     def root_logits(self, sequences: Sequences):
         prefix_lens = self.model.cache.prefix_lens
-        if max(length - prefix for length, prefix in zip(sequences.lens, prefix_lens)) > _LONGEST_CATCH_UP:
+        if (
+            max(length - prefix for length, prefix in zip(sequences.lens, prefix_lens))
+            > _LONGEST_CATCH_UP
+        ):
             self.model.ingest(sequences.tokens, [length - 1 for length in sequences.lens])
         self._behind = [length - prefix for length, prefix in zip(sequences.lens, prefix_lens)]
         device = sequences.tokens.device
@@ -47,7 +51,11 @@ class ModelSource(StepwiseSource):
         positions = prefix + torch.arange(width, device=device)
         # tokens past a row's end are padding that no other node sees
         tokens = sequences.tokens.gather(1, positions.clamp_max(sequences.tokens.shape[1] - 1))
-        chain = torch.ones(width, width, dtype=torch.bool, device=device).tril_().expand(len(prefix_lens), -1, -1)
+        chain = (
+            torch.ones(width, width, dtype=torch.bool, device=device)
+            .tril_()
+            .expand(len(prefix_lens), -1, -1)
+        )
         self._prefix = prefix
         self._positions = positions
         self.forwards += 1
@@ -66,7 +74,9 @@ class ModelSource(StepwiseSource):
         return self.model.forward(tokens, positions, visible, offset, self._positions)
 
     def commit(self, paths: list[list[int]]) -> None:
-        self.model.cache.commit([list(range(behind)) + path for behind, path in zip(self._behind, paths)])
+        self.model.cache.commit(
+            [list(range(behind)) + path for behind, path in zip(self._behind, paths)]
+        )
 
 
 def _bucket(count: int) -> int:

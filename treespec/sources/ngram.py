@@ -1,4 +1,5 @@
-"""Lookup drafting: what followed the last tokens when they stood in the text before (prompt lookup; Saxena 2023)."""
+"""Lookup drafting: what followed the last tokens when they stood in the text before (prompt lookup;
+Saxena 2023)."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from treespec.sources.base import OneShotSource, Proposal, Sequences
 
 
 class NgramSource(OneShotSource):
-    """Continuations of earlier occurrences of the text's last tokens, the longest match first, then the latest.
+    """Continuations of earlier occurrences of the text's last tokens, the longest match first, then
+    the latest.
 
     Where the text repeats with a short period the continuation runs on into itself, as in LZ77.
 
@@ -27,7 +29,11 @@ class NgramSource(OneShotSource):
     def propose(self, sequences: Sequences, length: int) -> Proposal:
         lens = torch.tensor(sequences.lens, device=sequences.tokens.device)
         continuations, match_lengths = ops.match_ngrams(
-            sequences.tokens, lens, max_ngram=self.max_ngram, num_matches=self.num_matches, length=length
+            sequences.tokens,
+            lens,
+            max_ngram=self.max_ngram,
+            num_matches=self.num_matches,
+            length=length,
         )
         known = (continuations >= 0).sum(2, keepdim=True).clamp_min_(1)
         continuations = continuations.gather(2, torch.arange(length, device=lens.device) % known)
