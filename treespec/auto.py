@@ -85,11 +85,11 @@ class VerifyCosts:
             return value * (1 + 0.02 * (num_nodes - size)) if num_nodes > size else value
         sizes, values = zip(*known)
         # a wider verification is never cheaper; noise may say so
-        values = np.maximum.accumulate(values)
+        rising = np.maximum.accumulate(values)
         if num_nodes > sizes[-1]:
-            slope = (values[-1] - values[0]) / (sizes[-1] - sizes[0])
-            return float(values[-1] + slope * (num_nodes - sizes[-1]))
-        return float(np.interp(num_nodes, sizes, values))
+            slope = (rising[-1] - rising[0]) / (sizes[-1] - sizes[0])
+            return float(rising[-1] + slope * (num_nodes - sizes[-1]))
+        return float(np.interp(num_nodes, sizes, rising))
 
 
 class AutoPolicy(Policy):
@@ -213,7 +213,7 @@ class AutoPolicy(Policy):
         if outcome.draft_levels:
             self._learn_draft(outcome)
         if outcome.match_lengths is not None and outcome.tree.lookup is not None:
-            self._learn_lookup(outcome)
+            self._learn_lookup(outcome, outcome.match_lengths)
 
     def _learn_draft(self, outcome: Outcome) -> None:
         levels = outcome.draft_levels
@@ -243,11 +243,11 @@ class AutoPolicy(Policy):
                 )
                 self._sharpness[outcome.sampled] = min(max(factor, 0.5), 6.0)
 
-    def _learn_lookup(self, outcome: Outcome) -> None:
+    def _learn_lookup(self, outcome: Outcome, match_lengths: list[int]) -> None:
         lookup = outcome.tree.lookup.numpy(force=True)
         parents = outcome.tree.parents.numpy(force=True)
         for row, path in enumerate(outcome.paths):
-            slot = min(outcome.match_lengths[row], len(LOOKUP_PRIOR) - 1)
+            slot = min(match_lengths[row], len(LOOKUP_PRIOR) - 1)
             if slot == 0:
                 continue
             offered = set(parents[row][lookup[row]].tolist())

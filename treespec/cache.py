@@ -55,7 +55,8 @@ class TreeCache:
 
     def _set_views(self) -> None:
         used = dict.fromkeys(self._storage, 0)
-        self.keys, self.values = [], []
+        self.keys: list[torch.Tensor] = []
+        self.values: list[torch.Tensor] = []
         for spec in self.specs:
             for dim, views in ((spec.key_dim, self.keys), (spec.value_dim, self.values)):
                 kind = (spec.num_heads, dim, spec.dtype, spec.device)

@@ -265,7 +265,7 @@ def pack_linears(
     return [step for k, old in enumerate(steps) if (step := replaced.get(k, old)) is not None]
 
 
-_linear_pointwise = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+_linear_pointwise: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
 def _packed_linear(

@@ -147,7 +147,8 @@ class Engine:
             if not self._active[row].finished:
                 continue
             last = len(self._active) - 1
-            for state in (self._active, self._pads, self._lens):
+            states: tuple[list, ...] = (self._active, self._pads, self._lens)
+            for state in states:
                 state[row] = state[last]
                 state.pop()
             if row != last:

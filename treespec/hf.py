@@ -173,6 +173,7 @@ class Forward:
 
     def _kernel_inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if self._bits is None:
+            assert self.visible is not None
             rows = self.visible.shape[2]
             visible = torch.eye(rows, dtype=torch.bool, device=self.visible.device).repeat(
                 len(self.visible), 1, 1

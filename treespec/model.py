@@ -3,6 +3,8 @@ own cache."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
@@ -145,16 +147,16 @@ class TreeModel:
                 try:
                     self._set_route(route)
                     logits = self._probe_tree(prompt, nodes)
-                except Exception as error:
-                    worst[route] = f"{type(error).__name__}: {error}"
+                except Exception as failure:
+                    worst[route] = f"{type(failure).__name__}: {failure}"
                     continue
-                error = max(
+                difference = max(
                     _spread_error(logits[0, b], expected[k, 4:]) for k, b in enumerate(branches)
                 )
-                if error <= _PROBE_TOLERANCE.get(self.dtype, _PROBE_TOLERANCE_16BIT):
+                if difference <= _PROBE_TOLERANCE.get(self.dtype, _PROBE_TOLERANCE_16BIT):
                     self.cache = None
                     return
-                worst[route] = f"logits differ by {error:.2g} of their spread"
+                worst[route] = f"logits differ by {difference:.2g} of their spread"
         reasons = "; ".join(f"{route}: {reason}" for route, reason in worst.items())
         raise NotImplementedError(
             f"{self.role} ({self.name}) cannot verify a tree ({reasons}). Its text would differ, "
@@ -273,6 +275,7 @@ class TreeModel:
         positions = prefix[:, None] + steps
         if self.position_limit:
             positions = positions.clamp_max(self.position_limit - 1)
+        assert self.cache is not None
         call = hf.Forward(self.cache, tokens.shape[1], 0, None, positions, positions)
         keep = {"logits_to_keep": 1} if last_only and self._keeps_logits else {}
         with hf.forward_scope(call):
@@ -302,6 +305,7 @@ class TreeModel:
         num_nodes = tokens.shape[1]
         if self.position_limit:
             positions = positions.clamp_max(self.position_limit - 1)
+        assert self.cache is not None
         call = hf.Forward(
             self.cache,
             num_nodes,
@@ -382,7 +386,7 @@ class _Recording:
     """A replay and how far it is trusted."""
 
     def __init__(self) -> None:
-        self.replay = None
+        self.replay: Callable[..., torch.Tensor] | None = None
         self.refused = False
         self.checks_left = 2
 

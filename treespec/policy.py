@@ -52,7 +52,7 @@ class Policy:
     """Grows nothing, verifies the root alone: plain decoding."""
 
     max_nodes = 1
-    node_sizes = NODE_SIZES
+    node_sizes: tuple[int, ...] = NODE_SIZES
     max_depth = 0
     max_rows = 0
     lookup_length = 0

@@ -6,7 +6,7 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -154,7 +154,7 @@ class ProfileReport:
 
 def profile(spec: TreeSpeculator, input_ids: torch.Tensor, max_new_tokens: int) -> ProfileReport:
     """The work of `TreeSpeculator.profile`."""
-    options = {"max_new_tokens": max_new_tokens, "do_sample": False}
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
     spec.generate(input_ids, **options)
     spec.generate(input_ids, **options)
     stats = spec.stats
@@ -220,12 +220,10 @@ def self_check(
         dtype, len(sizes), max(errors), _ROUNDING.get(dtype, _ROUNDING[torch.bfloat16])
     )
     plain = Engine(spec._target, [], Policy())
-    for name, options in {
-        "greedy": {"do_sample": False},
-        "T=0.7": {"do_sample": True, "temperature": 0.7},
-        "T=1.0": {"do_sample": True, "temperature": 1.0},
-    }.items():
-        options = {"max_new_tokens": new_tokens, **options}
+    for name, temperature in {"greedy": 0.0, "T=0.7": 0.7, "T=1.0": 1.0}.items():
+        options: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": temperature > 0}
+        if temperature:
+            options["temperature"] = temperature
         expected = _tokens(spec, plain, ids, seed, options)
         found = _tokens(spec, spec._engine, ids, seed, options)
         different = next(

@@ -4,6 +4,7 @@ any tensor."""
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 MAX_NODES = 256
 MAX_DEPTH = 64
@@ -25,6 +26,14 @@ def _check_fraction(owner: str, name: str, value: object) -> None:
 
 class Shape:
     """Base of all shapes. `depth` counts drafted levels, `max_nodes` counts nodes with the root."""
+
+    if TYPE_CHECKING:
+
+        @property
+        def depth(self) -> int: ...
+
+        @property
+        def max_nodes(self) -> int: ...
 
     def __str__(self) -> str:
         values = ", ".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self))  # type: ignore[arg-type]

@@ -285,6 +285,7 @@ class Growth:
             tokens: int64 `[B, F]`.
             visible: bool `[B, F, offset + F]` for the draft's forward.
         """
+        assert self._draft_rows is not None and self._draft_visible is not None
         batch, width = self.frontier.shape
         rows = torch.arange(offset, offset + width, device=self.frontier.device).expand(batch, -1)
         parent_rows = self._draft_rows.gather(1, self.parents.gather(1, self.frontier)).clamp_min_(
