@@ -15,7 +15,7 @@ test: $(VENV)/test.ok ; $(BIN)/python -m pytest $(ARGS)
 lint: $(VENV)/dev.ok ; $(BIN)/python -m ruff check .
 typecheck: $(VENV)/dev.ok ; $(BIN)/python -m mypy
 bench: $(VENV)/bench.ok ; $(BIN)/python -m pytest benchmarks --benchmark-json=benchmarks/out.json $(ARGS)
-gpu-suite: $(VENV)/test.ok ; $(BIN)/python -c "import torch; torch.cuda.init()" && $(BIN)/python -m pytest tests/kernels $(ARGS)
+gpu-suite: $(VENV)/bench.ok ; $(BIN)/python benchmarks/gpu_suite.py $(ARGS)
 compile-triton36: $(VENV36)/test.ok ; $(VENV36)/bin/python benchmarks/kernel_sheet.py --check-compiles && $(VENV36)/bin/python -m pytest -m compile $(ARGS)
 sheet: $(VENV)/test.ok ; $(BIN)/python benchmarks/kernel_sheet.py
 picture: ; $(PYTHON) docs/make_picture.py

@@ -165,6 +165,7 @@ def main() -> int:
         "--only", help="comma-separated parts of method names to run (plain is always run)"
     )
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -179,6 +180,7 @@ def main() -> int:
         tokenizer = transformers.AutoTokenizer.from_pretrained(args.target)
     else:
         target, draft, tokenizer = load_demo_pair(dtype=args.dtype)
+    target, draft = target.to(args.device), draft.to(args.device)
     if args.random_draft:
         torch.manual_seed(0)
         for parameter in draft.parameters():
@@ -216,9 +218,7 @@ def main() -> int:
 
     prompts = load_prompts(args.prompts)[:: args.stride]
     ids = [
-        tokenizer(p["prompt"] if isinstance(p, dict) else p, return_tensors="pt").input_ids[
-            :, -512:
-        ]
+        tokenizer(p["prompt"], return_tensors="pt").input_ids[:, -512:].to(args.device)
         for p in prompts
     ]
     samples: dict[str, list[float]] = {name: [] for name in methods}
@@ -241,7 +241,9 @@ def main() -> int:
         for name in order:
             torch.manual_seed(k)
             start = time.perf_counter()
-            texts[name] = methods[name](prompt)
+            texts[name] = methods[name](prompt).to(args.device)
+            if args.device == "cuda":
+                torch.cuda.synchronize()
             samples[name].append(time.perf_counter() - start)
             texts[name] = texts[name] if texts[name].dim() == 2 else texts[name][None]
             new = texts[name].shape[1] - (

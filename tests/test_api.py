@@ -317,7 +317,7 @@ def test_text_streamers(demo_pair, capsys):
     capsys.readouterr()
     spec.generate(ids, streamer=TextStreamer(tokenizer), **options)
     assert capsys.readouterr().out == text + "\n"
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
     thread = threading.Thread(
         target=spec.generate, args=(ids,), kwargs={"streamer": streamer, **options}
     )

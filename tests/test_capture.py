@@ -405,3 +405,19 @@ def test_dead_intermediates_are_let_go():
     seen.clear()
     replay(torch.ones(8))
     assert len(seen) == 4 and all(ref() is None for ref in seen)
+
+
+def test_a_write_through_data_is_noticed():
+    """`.data` writes leave the version alone; stale prepacked weights would write other text."""
+    target, _ = tiny_pair("llama")
+    target = copy.deepcopy(target)
+    spec = TreeSpeculator(target, "ngram")
+    ids = torch.randint(2, 100, (1, 12), generator=torch.Generator().manual_seed(5))
+    options = {"max_new_tokens": 24, "do_sample": False}
+    before = spec.generate(ids, **options)
+    for parameter in target.parameters():
+        if parameter.dim() == 2:
+            parameter.data.mul_(-0.7)
+    after = spec.generate(ids, **options)
+    assert torch.equal(after, target.generate(ids, **options))
+    assert not torch.equal(before, after)

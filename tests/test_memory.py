@@ -54,7 +54,7 @@ def num_recordings(spec: TreeSpeculator) -> int:
 @pytest.mark.parametrize(
     ("source", "tree", "options", "rounds"),
     [
-        ("merged", BestFirstTree(16, 4, 4), {"do_sample": False}, ROUNDS),
+        ("merged", BestFirstTree(8, 2, 3), {"do_sample": False}, ROUNDS),
         ("ngram", Chain(4), {"do_sample": True, "temperature": 0.9}, ROUNDS // 2),
         ("draft", "auto", {"do_sample": False}, ROUNDS // 4),
     ],

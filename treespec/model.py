@@ -110,6 +110,8 @@ class TreeModel:
             return f"recorded forwards are for CPUs; this model is on {self.device}"
         if any(m._forward_hooks or m._forward_pre_hooks for m in self.model.modules()):
             return "the model has forward hooks, which a recording would skip"
+        if any(type(m).__module__.partition(".")[0] == "peft" for m in self.model.modules()):
+            return "the model has adapters, whose scales a recording would not see change"
         return None
 
     def _probe(self) -> None:
@@ -205,9 +207,10 @@ class TreeModel:
     def begin(self) -> None:
         """Called before every generation: notices changed weights, hooks and training mode."""
         self.training_modules = [module for module in self.model.modules() if module.training]
+        recordable = self.recording_reason is None
         weights = tuple(
-            (id(p), p.data_ptr(), 0 if p.is_inference() else p._version)
-            for p in self.model.parameters()
+            _weight_mark(weight, recordable)
+            for weight in (*self.model.parameters(), *self.model.buffers())
         )
         obstacle = (
             self._recording_obstacle() if self.recording_reason is None else self.recording_reason
@@ -414,6 +417,20 @@ def _attention_path(device: torch.device, attention: str) -> tuple[bool, str]:
         return True, "asked for"
     # the interpreter can run kernels on a CPU, but only for tests
     return runs and device.type == "cuda", reason
+
+
+def _weight_mark(weight: torch.Tensor, sampled: bool) -> tuple:
+    """What changes when a weight does: identity, address, version, and the sum of a few entries.
+
+    Writes through `.data` leave the version alone, so entries spread over the weight are looked at;
+    a write that misses all of them goes unnoticed, and needs `TreeSpeculator.reset`.
+    """
+    version = 0 if weight.is_inference() else weight._version
+    total = 0.0
+    if sampled and weight.numel() and weight.is_floating_point():
+        flat = weight.detach().flatten() if weight.is_contiguous() else weight.detach()[0].flatten()
+        total = float(flat[:: max(1, flat.numel() // 61)].sum(dtype=torch.float64))
+    return id(weight), weight.data_ptr(), version, total
 
 
 def _position_limit(config) -> int | None:

@@ -101,7 +101,8 @@ class FixedTree(Shape):
 @dataclass(frozen=True)
 class BestFirstTree(Shape):
     """The likeliest `max_nodes` nodes by cumulative draft probability, grown level by level
-    (EAGLE-2, 2406.16858).
+    (EAGLE-2, 2406.16858). When greedy, that probability is sharpened to what a pick, rather than a
+    draw, deserves (docs/design/003-auto.md).
 
     Args:
         max_nodes: nodes verified a round, root included, 2 to 256.

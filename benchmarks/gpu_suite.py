@@ -1,0 +1,68 @@
+"""All that a CUDA machine can show, in nine minutes: kernels checked, then timed, results kept.
+
+    make gpu-suite                 # writes to benchmarks/results/, or to $OUT where that is set
+
+Timing is skipped when a check fails: a speed is never reported on a red gate. Every step has its
+own limit; a step that runs out of time is reported as such and the next one starts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+CHECKS = (("kernel tests", ["-m", "pytest", "tests/kernels", "-q", "-m", "not compile"], 150),)
+PEERS = ["benchmarks/compare_peers.py", "--device", "cuda", "--dtype", "float16", "--stride", "20"]
+KERNELS = ["-m", "pytest", "benchmarks", "-q", "--benchmark-json={out}/kernels.json"]
+TIMINGS = (
+    ("kernel benchmarks", KERNELS, 200),
+    ("greedy float16", [*PEERS, "--output", "{out}/greedy-float16.json"], 90),
+    (
+        "sampled float16",
+        [*PEERS, "--temperature", "1.0", "--output", "{out}/sampled-float16.json"],
+        90,
+    ),
+)
+
+
+def run(name: str, arguments: list[str], limit_s: int, out: Path) -> dict:
+    """One step; its output goes to a log beside the results."""
+    command = [sys.executable, *(argument.format(out=out) for argument in arguments)]
+    started = time.perf_counter()
+    log = out / f"{name.replace(' ', '-')}.log"
+    with log.open("w") as file:
+        try:
+            code = subprocess.run(command, stdout=file, stderr=file, timeout=limit_s).returncode
+        except subprocess.TimeoutExpired:
+            code = None
+    outcome = {None: "out of time", 0: "ok"}.get(code, f"failed with exit code {code}")
+    seconds = time.perf_counter() - started
+    print(f"{name}: {outcome}, {seconds:.0f} s; log {log}", flush=True)
+    return {"step": name, "outcome": outcome, "seconds": seconds}
+
+
+def main() -> int:
+    if not torch.cuda.is_available():
+        print("error: no CUDA device; this suite needs one", file=sys.stderr)
+        return 2
+    gpu = torch.cuda.get_device_name().lower().replace(" ", "-")
+    out = Path(os.environ.get("OUT") or "benchmarks/results") / gpu
+    out.mkdir(parents=True, exist_ok=True)
+    steps = [run(*check, out) for check in CHECKS]
+    if all(step["outcome"] == "ok" for step in steps):
+        steps += [run(*timing, out) for timing in TIMINGS]
+    else:
+        print("a check failed: nothing is timed")
+    record = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "steps": steps}
+    (out / "suite.json").write_text(json.dumps(record, indent=1) + "\n")
+    return 0 if all(step["outcome"] == "ok" for step in steps) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
