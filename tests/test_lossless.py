@@ -5,6 +5,7 @@ model type.
 from __future__ import annotations
 
 import functools
+import os
 
 import pytest
 import torch
@@ -179,3 +180,16 @@ def test_a_draft_with_a_wider_padded_vocabulary():
     options = {"max_new_tokens": 8, "do_sample": True, "seed": 1}
     plain = TreeSpeculator(target, None)
     assert first_difference(spec.generate(ids, **options), plain.generate(ids, **options)) is None
+
+
+@pytest.mark.skipif(not os.environ.get("TREESPEC_FULL"), reason="minutes long: set TREESPEC_FULL=1")
+@pytest.mark.parametrize("source", DRAFTED)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", ["gpt_neox", "gpt2", "qwen3", "gemma2", "demo"])
+def test_the_whole_cross(demo_pair, name, shape, source):
+    """Every shape and source on every model, alone and in a ragged batch."""
+    for batch in (1, 4):
+        if name == "demo":
+            test_the_bundled_pair(demo_pair, shape, source, batch)
+        else:
+            assert greedy_difference(speculator(name, shape, source), name, batch) is None
