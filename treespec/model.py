@@ -171,6 +171,8 @@ class TreeModel:
         if route == "interface" and not self._configs:
             raise NotImplementedError("its attention implementation cannot be switched")
         if route == "masks":
+            # the kernel would be asked nothing, and would need no mask
+            self.kernel = False
             window = getattr(self.config, "sliding_window", None) or getattr(
                 self.config, "window_size", None
             )
