@@ -68,10 +68,6 @@ class TreeCache:
         """Which layer's view `keys` is; None for any other tensor."""
         return self._layers.get(id(keys))
 
-    @property
-    def num_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self._storage.values())
-
     def reset(self) -> None:
         """Forgets all sequences; the buffers stay."""
         self.prefix_lens = [0] * self.batch
