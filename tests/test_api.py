@@ -746,3 +746,13 @@ def test_a_dropped_stream_leaves_the_models_as_they_were(odd_spec):
     del stream
     assert states(odd_spec) == before
     assert_same(odd_spec, ids)
+
+
+def test_trees_of_an_uncommon_width_fit_their_buffers():
+    """65 nodes are verified as 96; the rows for all of these are there from the start."""
+    target, draft = tiny_pair("llama")
+    ids = torch.arange(6)[None]
+    spec = TreeSpeculator(target, draft, BestFirstTree(65, 4, 16))
+    expected = target.generate(ids, max_new_tokens=182, do_sample=False, eos_token_id=None)
+    found = spec.generate(ids, max_new_tokens=182, do_sample=False, eos_token_id=None)
+    assert torch.equal(found, expected)

@@ -128,32 +128,34 @@ def commit_one_row_off(monkeypatch):
 
 def accept_any_child(monkeypatch):
     """The first child is stepped on to, whatever token it carries."""
-    walk = acceptance.walk
+    decide = acceptance.decide
 
-    def lenient(logits, tree, row, picker, ids, length, position, max_tokens, *rest):
-        verdict = walk(logits, tree, row, picker, ids, length, position, max_tokens, *rest)
-        node = verdict.path[-1]
-        children = (tree.parents[row] == node).nonzero().flatten().tolist()
-        if children and len(verdict.tokens) < max_tokens:
-            verdict.tokens[-1] = int(tree.tokens[row, children[0]])
-            verdict.path.append(children[0])
-            verdict.tokens.append(int(logits[children[0]].argmax()))
-        return verdict
+    def lenient(logits, tree, picker, rows):
+        verdicts = decide(logits, tree, picker, rows)
+        for row, verdict in enumerate(verdicts):
+            node = verdict.path[-1]
+            children = (tree.parents[row] == node).nonzero().flatten().tolist()
+            if children and len(verdict.tokens) < rows[row].max_tokens:
+                verdict.tokens[-1] = int(tree.tokens[row, children[0]])
+                verdict.path.append(children[0])
+                verdict.tokens.append(int(logits[row, children[0]].argmax()))
+        return verdicts
 
-    monkeypatch.setattr(engine, "walk", lenient)
+    monkeypatch.setattr(engine, "decide", lenient)
 
 
 def emit_wrong_bonus(monkeypatch):
     """The token after the path is picked from the root's logits."""
-    walk = acceptance.walk
+    decide = acceptance.decide
 
-    def wrong(logits, *args):
-        verdict = walk(logits, *args)
-        if len(verdict.path) > 1:
-            verdict.tokens[-1] = int(logits[0].argmax())
-        return verdict
+    def wrong(logits, tree, picker, rows):
+        verdicts = decide(logits, tree, picker, rows)
+        for row, verdict in enumerate(verdicts):
+            if len(verdict.path) > 1:
+                verdict.tokens[-1] = int(logits[row, 0].argmax())
+        return verdicts
 
-    monkeypatch.setattr(engine, "walk", wrong)
+    monkeypatch.setattr(engine, "decide", wrong)
 
 
 def noise_one_position_late(monkeypatch):
@@ -183,14 +185,12 @@ def noise_by_place_among_active_rows(monkeypatch):
 
 def noise_by_step_of_the_round(monkeypatch):
     """All tokens of a round use the noise of its first position."""
-    pick = sampling.TokenPicker.pick
-
-    def first(self, ids, logits, row, position):
-        start = getattr(self, "start", {}).get((row, position - 1), position)
-        self.start = {**getattr(self, "start", {}), (row, position): start}
-        return pick(self, ids, logits, row, start)
-
-    monkeypatch.setattr(sampling.TokenPicker, "pick", first)
+    table = sampling.CoupledNoise.table
+    monkeypatch.setattr(
+        sampling.CoupledNoise,
+        "table",
+        lambda self, *args: table(self, *args)[:, :1].expand(-1, args[1], -1).contiguous(),
+    )
 
 
 # --- per-node logits -----------------------------------------------------------------------------

@@ -4,15 +4,26 @@ distribution is the target's.
 
 from __future__ import annotations
 
-import itertools
+import random
 
 import pytest
 import torch
+from distributions import (
+    FALSE_ALARM,
+    FULL,
+    chi_square_tail,
+    enumerated,
+    sample_counts,
+    small_model,
+    top_k,
+    top_p,
+)
 from lossless_checks import SHAPES, first_difference, prompt_batch, sampled_difference, speculator
-from tiny_models import tiny_config
+from tiny_models import VOCAB
 from transformers import AutoModelForCausalLM
 
 from treespec import BestFirstTree, TreeSpeculator
+from treespec.demo import load_prompts
 
 WARPINGS = [
     {"temperature": 0.7},
@@ -21,10 +32,6 @@ WARPINGS = [
     {"temperature": 1.0, "top_p": 0.8},
     {"temperature": 1.0, "top_k": 30, "top_p": 0.9},
 ]
-# A distribution test that holds is called wrong once in so many runs; seeds are fixed, so it holds
-# always or never.
-FALSE_ALARM = 1e-4
-
 
 def named(warping: dict) -> str:
     return ",".join(f"{name}={value}" for name, value in warping.items())
@@ -175,6 +182,61 @@ def test_rows_that_finish_at_different_times():
         assert row[:end] == text[:end] and not any(row[end:])
 
 
+# --- many prompts and seeds ----------------------------------------------------------------------
+
+SOURCES = ("draft", "ngram", "merged", "garbage", "draft_and_garbage")
+
+
+@pytest.mark.parametrize("part", range(5))
+def test_five_hundred_prompts_and_seeds(part):
+    """Every call has its own prompts, seed, warping, shape, source and order of rows."""
+    chance = random.Random(part)
+    drawn = torch.Generator().manual_seed(part)
+    plain = speculator("llama", "chain", "none")
+    specs = [speculator("llama", shape, source) for shape in SHAPES for source in SOURCES]
+    rounds = accepted = 0
+    for spec in chance.sample(specs, 20):
+        lengths = [chance.randint(3, 60) for _ in range(5)]
+        ids = torch.randint(1, VOCAB, (5, max(lengths)), generator=drawn)
+        mask = torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]
+        options = {
+            "top_k": 0,
+            **chance.choice(WARPINGS),
+            "do_sample": True,
+            "seed": chance.randrange(1 << 62),
+            "max_new_tokens": chance.randint(8, 32),
+        }
+        order = torch.tensor(chance.sample(range(5), 5))
+        for rows in (torch.arange(5), order):
+            expected = plain.generate(ids[rows], mask[rows].long(), **options)
+            found = spec.generate(ids[rows], mask[rows].long(), **options)
+            assert first_difference(found, expected) is None, (spec.shape, options, rows)
+        rounds += spec.stats.rounds
+        accepted += sum(row.accepted for row in spec.stats.per_row)
+    assert accepted > rounds
+
+
+@pytest.mark.skipif(not FULL, reason="takes minutes; TREESPEC_FULL=1 runs it")
+@pytest.mark.parametrize("shape", SHAPES)
+def test_five_hundred_prompts_and_seeds_of_real_text(demo_pair, shape):
+    target, draft, tokenizer = demo_pair
+    texts = [tokenizer(p["prompt"]).input_ids[-48:] for p in load_prompts("dev")]
+    ids = torch.tensor([text for text in texts if len(text) == 48])
+    plain = TreeSpeculator(target, None)
+    spec = TreeSpeculator(target, [draft, "ngram"], SHAPES[shape])
+    count = 0
+    for seed in range(9):
+        for rows in torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed)).split(
+            10
+        ):
+            options = {"do_sample": True, "seed": seed, "max_new_tokens": 32, "top_k": 0}
+            options["temperature"] = (0.3, 0.7, 1.0)[seed % 3]
+            expected = plain.generate(ids[rows], **options)
+            assert first_difference(spec.generate(ids[rows], **options), expected) is None
+            count += len(rows)
+    assert count >= 500
+
+
 # --- seeds ---------------------------------------------------------------------------------------
 
 
@@ -226,77 +288,12 @@ def test_greedy_ignores_the_seed():
 # --- distribution --------------------------------------------------------------------------------
 
 
-def small_model(vocab_size: int = 6):
-    torch.manual_seed(0)
-    config = tiny_config("llama", 1)
-    config.vocab_size = vocab_size
-    model = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        # flatter, so that many continuations are likely enough to be counted
-        model.lm_head.weight.mul_(0.5)
-    return model
-
-
-@torch.inference_mode()
-def enumerated(model, prompt: torch.Tensor, length: int, warp) -> torch.Tensor:
-    """float64 `[V ** length]`, the probability of every continuation."""
-    vocab_size = model.config.vocab_size
-    texts = torch.tensor(list(itertools.product(range(vocab_size), repeat=length)))
-    logits = model(torch.cat([prompt.expand(len(texts), -1), texts], dim=1)).logits[
-        :, prompt.shape[1] - 1 : -1
-    ]
-    probs = warp(logits.double().flatten(0, 1)).softmax(-1).view_as(logits)
-    return probs.gather(2, texts[..., None]).squeeze(2).prod(1)
-
-
-def chi_square_tail(counts: torch.Tensor, probs: torch.Tensor) -> float:
-    """The chance of counts at least as far from their expectations; outcomes expected under 5 times
-    count as one.
-    """
-    expected = probs * counts.sum()
-    rare = expected < 5
-    counts = torch.cat([counts[~rare], counts[rare].sum()[None]]).double()
-    expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
-    if expected[-1] < 1e-9:
-        counts, expected = counts[:-1], expected[:-1]
-    statistic = ((counts - expected) ** 2 / expected).sum()
-    return float(
-        torch.special.gammaincc(torch.tensor((len(counts) - 1) / 2).double(), statistic / 2)
-    )
-
-
-def top_p(logits: torch.Tensor, share: float) -> torch.Tensor:
-    """The likeliest tokens whose probability together reaches `share`."""
-    values, order = logits.sort(descending=True)
-    before = values.softmax(-1).cumsum(-1) - values.softmax(-1)
-    return logits.masked_fill((before >= share).gather(-1, order.argsort(-1)), -torch.inf)
-
-
-def top_k(logits: torch.Tensor, count: int) -> torch.Tensor:
-    return logits.masked_fill(logits < logits.topk(count).values[..., -1:], -torch.inf)
-
-
 DISTRIBUTIONS = [
     ({"temperature": 1.0}, lambda logits: logits),
     ({"temperature": 0.7}, lambda logits: logits / 0.7),
     ({"temperature": 1.3, "top_k": 4}, lambda logits: top_k(logits / 1.3, 4)),
     ({"temperature": 1.2, "top_p": 0.8}, lambda logits: top_p(logits / 1.2, 0.8)),
 ]
-
-
-def sample_counts(spec, prompt, length: int, rows: int, calls: int, **options) -> torch.Tensor:
-    """How often every continuation was written, over many rows of several calls."""
-    vocab_size = spec.target.config.vocab_size
-    places = vocab_size ** torch.arange(length - 1, -1, -1)
-    counts = torch.zeros(vocab_size**length, dtype=torch.long)
-    for seed in range(calls):
-        texts = spec.generate(
-            prompt.repeat(rows, 1), do_sample=True, max_new_tokens=length, seed=seed, **options
-        )
-        counts += torch.bincount(
-            (texts[:, prompt.shape[1] :] * places).sum(1), minlength=len(counts)
-        )
-    return counts
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
 """From the target's logits on a tree to the path that survives.
 
-The walk starts at the root and picks the target's own token there; while a child carries it, it
-steps down and picks again. Every pick sees exactly the tokens that plain decoding would have had,
-so any logits processor and any stopping rule works unchanged, and logits of nodes off the path are
-never looked at. The picks of a path number its length, not the tree's.
+`decide` asks one op for all rows and reads its verdict once. `walk` serves logits processors that
+look at the text: it starts at the root and picks the target's own token there; while a child
+carries it, it steps down and picks again. Every pick sees exactly the tokens that plain decoding
+would have had, so any processor and any stopping rule works unchanged.
 """
 
 from __future__ import annotations
@@ -16,6 +16,27 @@ import torch
 
 from treespec.sampling import TokenPicker
 from treespec.tree import Tree
+
+
+@dataclass
+class RowText:
+    """One row's text, and what it may still become.
+
+    Attributes:
+        ids: int64 `[1, W]` buffer of the row's tokens as `target.generate` holds them; written to.
+        length: tokens of `ids` that are committed, the root among them.
+        position: unpadded position of the token after the root.
+        max_tokens: most tokens to pick.
+        ends: `(token, ids [1, L]) -> bool`, whether the row ends with `token`, the last of `ids`.
+        keep_scores: keep scores and logits of every pick.
+    """
+
+    ids: torch.Tensor
+    length: int
+    position: int
+    max_tokens: int
+    ends: Callable[[int, torch.Tensor], bool]
+    keep_scores: bool = False
 
 
 @dataclass
@@ -33,17 +54,70 @@ class RowVerdict:
     logits: list[torch.Tensor] = field(default_factory=list)
 
 
-def walk(
+def decide(
+    logits: torch.Tensor, tree: Tree, picker: TokenPicker, rows: list[RowText]
+) -> list[RowVerdict]:
+    """The verdicts of all rows by one op, cut where a row ends.
+
+    Args:
+        logits: `[B, N, V]` of the target.
+        tree: the batch of trees.
+        picker: picks tokens; all its processors are `warpers`.
+        rows: the rows' texts.
+
+    Raises:
+        ValueError: if no token can be picked because scores are NaN or all -inf.
+    """
+    verdict = picker.verify(logits, tree, [text.position for text in rows])
+    carried = tree.tokens.gather(1, verdict.path.clamp_min(0))
+    counts = torch.stack([verdict.accept_length, verdict.bonus_token], dim=1)
+    # the one host read of the round
+    read = torch.cat([counts, verdict.path, carried], dim=1).tolist()
+    size = tree.tokens.shape[1]
+    return [
+        _cut(
+            values[2 : 3 + values[0]],
+            [*values[3 + size : 3 + size + values[0]], values[1]],
+            logits[row],
+            picker,
+            row,
+            text,
+        )
+        for row, (values, text) in enumerate(zip(read, rows))
+    ]
+
+
+def _cut(
+    path: list[int],
+    tokens: list[int],
     logits: torch.Tensor,
-    tree: Tree,
-    row: int,
     picker: TokenPicker,
-    ids: torch.Tensor,
-    length: int,
-    position: int,
-    max_tokens: int,
-    ends: Callable[[int, torch.Tensor], bool],
-    keep_scores: bool = False,
+    row: int,
+    text: RowText,
+) -> RowVerdict:
+    """Writes a path's tokens down, up to the first that ends the row."""
+    if tokens[-1] < 0:
+        raise picker.cannot_pick(logits[path[-1]], text.position + len(path) - 1)
+    count = min(len(tokens), text.max_tokens)
+    text.ids[0, text.length : text.length + count] = torch.tensor(
+        tokens[:count], device=text.ids.device
+    )
+    verdict = RowVerdict(path=[], tokens=[])
+    for step in range(count):
+        verdict.path.append(path[step])
+        verdict.tokens.append(tokens[step])
+        if text.keep_scores:
+            place = text.length + step
+            scores = picker.scores(text.ids[:, :place], logits[path[step]], row)
+            _keep(verdict, scores, logits[path[step]])
+        verdict.ended = text.ends(tokens[step], text.ids[:, : text.length + step + 1])
+        if verdict.ended:
+            break
+    return verdict
+
+
+def walk(
+    logits: torch.Tensor, tree: Tree, row: int, picker: TokenPicker, text: RowText
 ) -> RowVerdict:
     """Follows the target's tokens down one row's tree.
 
@@ -52,29 +126,29 @@ def walk(
         tree: the batch of trees.
         row: the row.
         picker: picks tokens.
-        ids: int64 `[1, W]` buffer of the row's tokens as `target.generate` holds them; written to.
-        length: tokens of `ids` that are committed, the root among them.
-        position: unpadded position of the token after the root.
-        max_tokens: most tokens to pick.
-        ends: `(token, ids [1, L]) -> bool`, whether the row ends with `token`, the last of `ids`.
-        keep_scores: keep scores and logits of every pick.
+        text: the row's text.
     """
     tokens, parents = tree.tokens[row].numpy(force=True), tree.parents[row].numpy(force=True)
     verdict = RowVerdict(path=[0], tokens=[])
     while True:
         step, node = len(verdict.tokens), verdict.path[-1]
-        token, scores = picker.pick(ids[:, : length + step], logits[node], row, position + step)
-        ids[0, length + step] = token
+        place = text.length + step
+        token, scores = picker.pick(text.ids[:, :place], logits[node], row, text.position + step)
+        text.ids[0, place] = token
         verdict.tokens.append(token)
-        if keep_scores:
-            verdict.scores.append(scores.to(torch.float32, copy=True))
-            verdict.logits.append(logits[node][None].to(torch.float32, copy=True))
+        if text.keep_scores:
+            _keep(verdict, scores, logits[node])
         # asked at once: processors and stopping rules must not see what plain decoding would not
         # have written
-        verdict.ended = ends(token, ids[:, : length + step + 1])
-        if verdict.ended or step + 1 >= max_tokens:
+        verdict.ended = text.ends(token, text.ids[:, : place + 1])
+        if verdict.ended or step + 1 >= text.max_tokens:
             return verdict
         children = np.flatnonzero((parents == node) & (tokens == token))
         if len(children) == 0:
             return verdict
         verdict.path.append(int(children[0]))
+
+
+def _keep(verdict: RowVerdict, scores: torch.Tensor, logits: torch.Tensor) -> None:
+    verdict.scores.append(scores.to(torch.float32, copy=True))
+    verdict.logits.append(logits[None].to(torch.float32, copy=True))

@@ -64,6 +64,27 @@ def draft_parts(draft: Any, target: PreTrainedModel) -> list:
     return parts
 
 
+def drawn_drafts(rule: str, parts: list) -> None:
+    """A rejection rule accepts tokens that were drawn from a model, not proposed for sure."""
+    for part in parts:
+        if not isinstance(part, PreTrainedModel):
+            name = repr(part) if isinstance(part, str) else type(part).__name__
+            raise ValueError(
+                f'sampling="{rule}" needs drafts drawn from a model; got {name}, whose tokens are '
+                'fixed; use sampling="coupled"'
+            )
+
+
+def known_warpers(rule: str, warpers: dict | None, processors: Any) -> None:
+    """A rejection rule needs the target's whole distribution at nodes nobody has reached yet."""
+    if warpers is None:
+        names = ", ".join(type(processor).__name__ for processor in processors)
+        raise NotImplementedError(
+            f'sampling="{rule}" knows temperature, top_k, top_p and min_p, in this order; got '
+            f'{names}; use sampling="coupled"'
+        )
+
+
 def _draft_model(draft: PreTrainedModel, target: PreTrainedModel) -> None:
     causal_lm("draft", draft)
     if draft is target:

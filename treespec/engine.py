@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from treespec.acceptance import RowVerdict, walk
+from treespec.acceptance import RowText, RowVerdict, decide, walk
 from treespec.model import PREFILL_CHUNK, TreeModel
 from treespec.policy import Outcome, Policy
 from treespec.sampling import TokenPicker
 from treespec.sources.base import DraftSource, OneShotSource, Sequences, StepwiseSource
 from treespec.stats import RowStats, SpeculationStats
-from treespec.tree import Growth, Tree, root_only
+from treespec.tree import Growth, Tree, root_only, round_up_nodes
 
 
 @dataclass
@@ -36,6 +36,7 @@ class Request:
             None.
         pad_id: fills finished rows.
         keep_scores: keep scores and logits of every token.
+        warming: record every forward when it is first made, however short the text.
     """
 
     input_ids: torch.Tensor
@@ -46,6 +47,7 @@ class Request:
     stop: Callable[[torch.Tensor], bool] | None = None
     pad_id: int = 0
     keep_scores: bool = False
+    warming: bool = False
 
     def ends(self, token: int, ids: torch.Tensor) -> bool:
         """Whether a row with the tokens `ids` `[1, L]` ends with the last of them, `token`."""
@@ -132,7 +134,9 @@ class Engine:
         for row, prompt in enumerate(request.prompts):
             self._tokens[row, : len(prompt)] = prompt
         self._lens = [len(prompt) for prompt in request.prompts]
-        slack = self.policy.max_nodes + (PREFILL_CHUNK if batch > 1 else 0)
+        widest = round_up_nodes(self.policy.max_nodes, self.policy.node_sizes)
+        slack = widest + (PREFILL_CHUNK if batch > 1 else 0)
+        self.policy.begin()
         self.target.begin()
         self.target.allocate(batch, _round_up(capacity + slack, 256))
         self.target.ingest(self._tokens, [length - 1 for length in self._lens])
@@ -140,7 +144,18 @@ class Engine:
             source.begin(self._sequences(), _round_up(capacity + slack, 256))
 
     def _sequences(self) -> Sequences:
-        return Sequences(self._tokens, self._lens)
+        return Sequences(self._tokens, self._lens, self._rounds_ahead())
+
+    def _rounds_ahead(self) -> float | None:
+        """About how many rounds are still to come, from those so far; None while warming up."""
+        request, rounds = self._request, self.stats.rounds
+        if request.warming:
+            return None
+        left = request.max_new_tokens - min(len(row.new_tokens) for row in self._active)
+        if not self.sources:
+            return left
+        # two tokens a round until something is known
+        return left * (rounds + 1) / (sum(len(row.new_tokens) for row in self._active) + 2)
 
     def _drop_finished(self, picker: TokenPicker) -> None:
         for row in reversed(range(len(self._active))):
@@ -163,26 +178,13 @@ class Engine:
 
     def _round(self, request: Request) -> list[tuple[int, list[int]]]:
         clock = time.perf_counter()
+        self.target.rounds_ahead = self._rounds_ahead()
         budgets = [request.max_new_tokens - len(row.new_tokens) for row in self._active]
         tree, match_lengths, levels = self._grow(request.picker, max(budgets))
         grown = time.perf_counter()
         tree, logits = self._verify(tree)
         verified = time.perf_counter()
-        verdicts = [
-            walk(
-                logits[row],
-                tree,
-                row,
-                request.picker,
-                self._ids[row : row + 1],
-                self._lens[row] + self._pads[row],
-                self._lens[row],
-                budgets[row],
-                request.ends,
-                request.keep_scores,
-            )
-            for row in range(len(self._active))
-        ]
+        verdicts = self._decide(request, tree, logits, budgets)
         news = self._commit(request, tree, verdicts)
         committed = time.perf_counter()
         outcome = Outcome(
@@ -196,6 +198,8 @@ class Engine:
             num_nodes=tree.tokens.shape[1],
             new_tokens=sum(len(tokens) for _, tokens in news),
             sampled=request.picker.do_sample,
+            settled=self.target.settled,
+            draft_settled=all(source.settled for source in self.drafts),
         )
         self.policy.observe(outcome)
         self._count(outcome, 1e3 * (committed - verified))
@@ -213,17 +217,22 @@ class Engine:
         levels = 0
         if self.drafts and self.policy.wants_draft(growth.lookup_scores()):
             levels = self._grow_levels(growth, sequences, picker, depth)
-        tree = growth.select(
-            self.policy.nodes_to_verify(growth.all_scores()), depth, self.policy.node_sizes
+        # drawn siblings are all verified: leaving some out by what they are would bias the rest
+        if growth.count == 1:
+            return root_only(roots), match_lengths, 0
+        count = (
+            growth.count
+            if picker.rejects
+            else self.policy.nodes_to_verify(growth.all_scores())
         )
-        return tree, match_lengths, levels
+        return growth.select(count, depth, self.policy.node_sizes), match_lengths, levels
 
     def _add_lookups(self, growth: Growth, sequences: Sequences, depth: int) -> list[int] | None:
         if not self.lookups or not self.policy.wants_lookup():
             return None
         proposals = [source.propose(sequences, depth) for source in self.lookups]
         match_lengths = [max(lengths) for lengths in zip(*(p.match_lengths for p in proposals))]
-        if max(match_lengths) > 0:
+        if self.policy.wants_matches(match_lengths):
             continuations = torch.cat([p.continuations for p in proposals], dim=1)
             # a source may propose anything, even tokens that the target does not have
             continuations = continuations.masked_fill(continuations >= self.target.vocab_size, -1)
@@ -237,10 +246,17 @@ class Engine:
         logits, root_row, chain, offset = source.root_logits(sequences)
         growth.begin_levels(offset + self.policy.max_rows, root_row, chain)
         sharpness = self.policy.sharpness(picker)
+        room = self.policy.node_budget() - 1
         for level in range(depth):
             logprobs = picker.rank(logits, [length + level for length in self._lens], sharpness)
-            growth.expand(logprobs, *self.policy.children(level, logprobs))
-            if level + 1 == depth:
+            num_children, breadth = self.policy.children(level, logprobs)
+            if picker.rejects:
+                # fewer from level to level, and every level some
+                limit = max(1, 2 * room // (depth - level + 1))
+                room -= self._draw(growth, picker, logprobs, num_children, breadth, limit)
+            else:
+                growth.expand(logprobs, num_children, breadth)
+            if level + 1 == depth or room <= 0:
                 break
             scores = growth.choose_frontier(level + 1, *self.policy.frontier(level + 1))
             if not self.policy.worth_expanding(scores):
@@ -249,6 +265,22 @@ class Engine:
             logits = source.level_logits(tokens, level + 1, visible, offset)
             offset += tokens.shape[1]
         return level + 1
+
+    def _draw(
+        self,
+        growth: Growth,
+        picker: TokenPicker,
+        logprobs: torch.Tensor,
+        num_children: int,
+        breadth: torch.Tensor | None,
+        limit: int,
+    ) -> int:
+        """Draws the children of a level, `limit` at most; returns how many places they take."""
+        counts = growth.sibling_counts(logprobs, num_children, limit)
+        if breadth is not None:
+            counts = torch.minimum(counts, breadth)
+        growth.draw(logprobs, picker.noise.draft(growth.frontier, self._lens), num_children, counts)
+        return min(limit, logprobs.shape[1] * num_children)
 
     def _verify(self, tree: Tree) -> tuple[Tree, torch.Tensor]:
         """The tree and its logits; of the roots alone if some node turned NaN, which would reach
@@ -261,6 +293,28 @@ class Engine:
             tree = root_only(tree.tokens[:, 0])
             logits = self.target.forward(tree.tokens, prefix, tree.visible)
         return tree, logits
+
+    def _decide(
+        self, request: Request, tree: Tree, logits: torch.Tensor, budgets: list[int]
+    ) -> list[RowVerdict]:
+        """What every row accepts: by one op where all processors are known to it, else node by
+        node."""
+        rows = [
+            RowText(
+                self._ids[row : row + 1],
+                self._lens[row] + self._pads[row],
+                self._lens[row],
+                budgets[row],
+                request.ends,
+                request.keep_scores,
+            )
+            for row in range(len(self._active))
+        ]
+        if request.picker.in_one_op:
+            return decide(logits, tree, request.picker, rows)
+        return [
+            walk(logits[row], tree, row, request.picker, text) for row, text in enumerate(rows)
+        ]
 
     def _commit(
         self, request: Request, tree: Tree, verdicts: list[RowVerdict]

@@ -21,7 +21,13 @@ from transformers.masking_utils import causal_mask_function
 from treespec.cache import LayerSpec, TreeCache
 from treespec.capture import opaque
 from treespec.kernels import ops
-from treespec.kernels.torch_attention import biased_attention, pack_bias
+from treespec.kernels.torch_attention import (
+    biased_attention,
+    pack_bias,
+    packs_heads,
+    visible_bias,
+)
+from treespec.rotary import Rotary
 from treespec.shapes import MAX_NODES
 from treespec.tree import pack_bits
 
@@ -41,6 +47,7 @@ class Forward:
         positions: int64 `[B, N]` positions of the tokens.
         node_positions: int64 `[B, offset + N]` positions of all node rows.
         kernel: attend with the Triton kernel where it can express the layer.
+        rotary: what stands in for the model's rotary function when the kernel attends.
     """
 
     def __init__(
@@ -52,6 +59,7 @@ class Forward:
         positions: torch.Tensor,
         node_positions: torch.Tensor,
         kernel: bool = False,
+        rotary: Rotary | None = None,
     ) -> None:
         self.cache = cache
         self.num_nodes = num_nodes
@@ -62,7 +70,9 @@ class Forward:
         self.num_slots = max(cache.prefix_lens) + offset + num_nodes
         # a chain is prefill, where nodes are many and the prefix is short
         self.kernel = kernel and visible is not None and offset + num_nodes <= MAX_NODES
-        self._packed: dict[tuple[int, int], torch.Tensor] = {}
+        self.rotary = rotary if self.kernel else None
+        self._starts: torch.Tensor | None = None
+        self._packed: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self._bits: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     @property
@@ -72,11 +82,22 @@ class Forward:
 
     def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Puts `[B, Hkv, N, D]` rows behind every prefix and the nodes already there."""
+        if self.rotary is not None and self.rotary.write(
+            self.cache, layer, keys, values, self._row_starts()
+        ):
+            return
         key_rows, value_rows = self.cache.keys[layer], self.cache.values[layer]
         for row, prefix in enumerate(self.cache.prefix_lens):
             start = prefix + self.offset
             key_rows[row, :, start : start + self.num_nodes] = keys[row]
             value_rows[row, :, start : start + self.num_nodes] = values[row]
+
+    def _row_starts(self) -> torch.Tensor:
+        """int64 `[B]`, the row of the first of these tokens."""
+        if self._starts is None:
+            starts = [prefix + self.offset for prefix in self.cache.prefix_lens]
+            self._starts = torch.tensor(starts, device=self.positions.device)
+        return self._starts
 
     def bias(self, mask_function: Callable, dtype: torch.dtype) -> torch.Tensor | None:
         """Additive mask `[B, 1, N, num_slots]` for one of the model's mask kinds; None where
@@ -96,19 +117,13 @@ class Forward:
                 self.num_nodes, self.num_nodes, dtype=torch.bool, device=device
             ).tril_()
             visible = square.expand(len(prefix_lens), -1, -1)
-        seen = torch.zeros(
-            len(prefix_lens), 1, self.num_nodes, self.num_slots, dtype=torch.bool, device=device
-        )
-        for row, prefix in enumerate(prefix_lens):
-            seen[row, 0, :, :prefix] = True
-            seen[row, 0, :, prefix : prefix + visible.shape[2]] = visible[row]
+        bias = visible_bias(visible, prefix_lens, self.num_slots, dtype)
         if not causal:
             rows = torch.arange(len(prefix_lens), device=device).view(-1, 1, 1, 1)
             queries = self.positions[:, None, :, None]
-            seen &= mask_function(rows, 0, queries, self._key_positions()[:, None, None, :])
-        return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(
-            ~seen, float("-inf")
-        )
+            seen = mask_function(rows, 0, queries, self._key_positions()[:, None, None, :])
+            bias.masked_fill_(~seen, float("-inf"))
+        return bias
 
     def _key_positions(self) -> torch.Tensor:
         keys = torch.arange(self.num_slots, device=self.positions.device).repeat(
@@ -130,24 +145,32 @@ class Forward:
         window: int | None = None,
     ) -> torch.Tensor:
         """One layer: `[B, Hq, N, D]` queries over the rows used so far, to `[B, N, Hq, Dv]`."""
+        if self.rotary is not None:
+            query = self.rotary.query(query)
         if self.kernel and (bias is None or window is not None):
             return self._attend_in_kernel(query, key, value, scale, softcap, sinks, window)
         key, value = key[:, :, : self.num_slots], value[:, :, : self.num_slots]
         q_heads, kv_heads = query.shape[1], key.shape[1]
+        plain = softcap is None and sinks is None
         if bias is None:
-            if softcap is None and sinks is None:
+            if plain:
                 rows = query.view(1, kv_heads, q_heads // kv_heads, query.shape[-1])
                 out = F.scaled_dot_product_attention(rows, key, value, scale=scale)
                 return out.reshape(1, 1, q_heads, value.shape[-1])
-            packed = query.new_zeros(1, 1, q_heads // kv_heads, self.num_slots)
-        else:
-            name = (id(bias), q_heads // kv_heads)
-            if name not in self._packed:
-                self._packed[name] = pack_bias(bias, q_heads, kv_heads)
-            packed = self._packed[name]
+            bias = query.new_zeros(1, 1, q_heads // kv_heads, self.num_slots)
+        elif not plain or packs_heads(query, kv_heads, self.num_slots):
+            bias = self._pack(bias, q_heads, kv_heads)
         return biased_attention(
-            query, key, value, packed, scale=scale, softcap=softcap, sinks=sinks
+            query, key, value, bias, scale=scale, softcap=softcap, sinks=sinks
         )
+
+    def _pack(self, bias: torch.Tensor, q_heads: int, kv_heads: int) -> torch.Tensor:
+        """`pack_bias`, once for all layers that share a bias."""
+        name = (id(bias), q_heads // kv_heads)
+        if name not in self._packed:
+            # the bias is kept, lest another take its place and its number
+            self._packed[name] = bias, pack_bias(bias, q_heads, kv_heads)
+        return self._packed[name][1]
 
     def _attend_in_kernel(self, query, key, value, scale, softcap, sinks, window):
         """The Triton kernel: bits instead of a dense mask, windows by depth; see
@@ -200,6 +223,11 @@ def forward_scope(forward: Forward) -> Iterator[None]:
         yield
     finally:
         _current = before
+
+
+def current_rotary() -> Rotary | None:
+    """What stands in for the rotary function in the forward under way."""
+    return _current.rotary
 
 
 _attention_calls = 0

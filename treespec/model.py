@@ -3,6 +3,7 @@ own cache."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -18,6 +19,8 @@ from treespec.capture import (
     pack_linears,
 )
 from treespec.kernels import ops
+from treespec.rotary import NAME as ROTARY_NAME
+from treespec.rotary import FusedRotary, Rotary, WatchedRotary, rotary_modules, taken_over
 
 # Largest share by which a tree's logits may differ from a sequence's at attachment, in units of the
 # logits' spread.
@@ -28,6 +31,8 @@ _PROBE_TOLERANCE_16BIT = 0.25
 _REPLAY_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
 _REPLAY_TOLERANCE_16BIT = 0.05
 _MAX_RECORDED_NODES = 64
+# A recording costs about as much as it saves in this many calls.
+_CALLS_THAT_PAY = 12
 PREFILL_CHUNK = 256
 _RECURRENT_WORDS = ("mamba", "rwkv", "recurrent", "ssm", "linear_attention", "conv")
 
@@ -56,12 +61,19 @@ class TreeModel:
         self._check_kind()
         self.vocab_size = int(self.config.vocab_size)
         self.position_limit = _position_limit(self.config)
+        self._attention = attention
         self.kernel, self.attention_reason = _attention_path(self.device, attention)
+        self.rotary: Rotary | None = None
+        self.rotary_reason = "left to the model; only the Triton path takes it over"
         self.cache: TreeCache | None = None
         self.recording_reason = (
             self._recording_obstacle() if record else "turned off by capture=False"
         )
         self._recordings: dict[tuple, _Recording] = {}
+        # whether the last forward took the time that later ones of its shape will take
+        self.settled = True
+        self.rounds_ahead: float | None = None
+        self._calls = 0
         self._packed = PackedWeights(_packing_budget(model)) if PackedWeights.available() else None
         self._weights_seen: tuple = ()
         self._prefix: tuple[torch.Tensor, list[torch.Tensor]] | None = None
@@ -70,12 +82,23 @@ class TreeModel:
         self._probe()
 
     @property
+    def implementation(self) -> str:
+        """What the ops of a round run on, as their `implementation` argument."""
+        if self.kernel:
+            return "triton"
+        return "auto" if self.device.type == "cuda" and self._attention != "torch" else "torch"
+
+    @property
     def device(self) -> torch.device:
         return self.model.get_input_embeddings().weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         return self.model.get_input_embeddings().weight.dtype
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(weight.numel() for weight in self.model.parameters())
 
     def _check_kind(self) -> None:
         label = f"{self.role} ({self.name})"
@@ -156,6 +179,8 @@ class TreeModel:
                     _spread_error(logits[0, b], expected[k, 4:]) for k, b in enumerate(branches)
                 )
                 if difference <= _PROBE_TOLERANCE.get(self.dtype, _PROBE_TOLERANCE_16BIT):
+                    if self.kernel:
+                        self._fuse_rotary(lambda: self._probe_tree(prompt, nodes))
                     self.cache = None
                     return
                 worst[route] = f"logits differ by {difference:.2g} of their spread"
@@ -179,6 +204,36 @@ class TreeModel:
             if window is not None:
                 self.position_limit = min(self.position_limit or window, window)
             self.recording_reason = self.recording_reason or "its attention cannot be replaced"
+
+    def _fuse_rotary(self, probe: Callable[[], torch.Tensor]) -> None:
+        """Takes the model's rotary function over, if a forward in which it is watched and one
+        without it agree."""
+        self._rotary_modules = rotary_modules(self.model)
+        # neither what is watched nor what waits for the cache can be replayed
+        recording, self.recording_reason = self.recording_reason, "the rotary kernel is in use"
+        try:
+            self.rotary_reason = self._watch_and_fuse(probe)
+        except Exception as failure:
+            self.rotary, self.rotary_reason = None, f"{type(failure).__name__}: {failure}"
+        if self.rotary is None:
+            self.recording_reason = recording
+
+    def _watch_and_fuse(self, probe: Callable[[], torch.Tensor]) -> str:
+        """Sets `rotary` or leaves it None; returns why."""
+        if not self._rotary_modules:
+            return f"no {ROTARY_NAME} in its modules"
+        self.rotary = watched = WatchedRotary()
+        expected = probe().clone()
+        self.rotary = None
+        if watched.obstacle is not None or watched.interleaved is None:
+            return watched.obstacle or "its layers do not call a rotary function"
+        fused = self.rotary = FusedRotary(watched.interleaved)
+        difference = _spread_error(probe()[0], expected[0])
+        if difference > _PROBE_TOLERANCE.get(self.dtype, _PROBE_TOLERANCE_16BIT):
+            self.rotary = None
+            return f"logits differ by {difference:.2g} of their spread"
+        pairs = "neighbouring columns" if fused.interleaved else "halves"
+        return f"agrees with the model's own; pairs of {pairs}"
 
     def _probe_tree(self, prompt: torch.Tensor, nodes: torch.Tensor) -> torch.Tensor:
         self.allocate(1, 16)
@@ -209,6 +264,7 @@ class TreeModel:
     def begin(self) -> None:
         """Called before every generation: notices changed weights, hooks and training mode."""
         self.training_modules = [module for module in self.model.modules() if module.training]
+        self.rounds_ahead = None
         recordable = self.recording_reason is None
         weights = tuple(
             _weight_mark(weight, recordable)
@@ -319,12 +375,14 @@ class TreeModel:
             positions,
             positions if node_positions is None else node_positions,
             self.kernel,
+            self.rotary,
         )
         if call.num_slots > self.cache.capacity:
             raise RuntimeError(
                 f"{self.role}: {call.num_slots} rows needed, {self.cache.capacity} allocated"
             )
         with hf.forward_scope(call):
+            self.settled = True
             if self.recording_reason is not None or num_nodes > _MAX_RECORDED_NODES:
                 return self._call(tokens, positions)
             return self._recorded_call(tokens, positions, call.sees_everything)
@@ -332,10 +390,11 @@ class TreeModel:
     def _call(self, tokens: torch.Tensor, positions: torch.Tensor, **kwargs) -> torch.Tensor:
         if self.route == "masks":
             kwargs["attention_mask"] = hf.dense_mask(self.dtype)
-        with (
-            hf.attention_switched(self._configs, hf.ATTENTION_NAME),
-            hf.evaluation_mode(self.training_modules),
-        ):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(hf.attention_switched(self._configs, hf.ATTENTION_NAME))
+            stack.enter_context(hf.evaluation_mode(self.training_modules))
+            if (rotary := hf.current_rotary()) is not None:
+                stack.enter_context(taken_over(self._rotary_modules, rotary))
             return self.model(
                 input_ids=tokens,
                 position_ids=positions,
@@ -352,9 +411,23 @@ class TreeModel:
         recording = self._recordings.get(key)
         if recording is None:
             recording = self._recordings[key] = _Recording()
+        self._calls += 1
+        recording.calls += 1
+        self.settled = recording.refused
+        if recording.replay is None and not recording.refused and not self._pays(recording):
+            return self._call(tokens, positions)
         if recording.replay is None or recording.checks_left:
             return self._record_or_check(recording, tokens, positions)
+        self.settled = True
         return recording.replay(tokens, positions)
+
+    def _pays(self, recording: _Recording) -> bool:
+        """Whether a shape is called often enough, by its share of the calls so far, to be worth
+        recording."""
+        if self.rounds_ahead is None:
+            return True
+        share = recording.calls / (self._calls + 2)
+        return recording.calls + share * self.rounds_ahead >= _CALLS_THAT_PAY
 
     def _record_or_check(
         self, recording: _Recording, tokens: torch.Tensor, positions: torch.Tensor
@@ -394,6 +467,7 @@ class _Recording:
         self.replay: Callable[..., torch.Tensor] | None = None
         self.refused = False
         self.checks_left = 2
+        self.calls = 0
 
 
 def _spread_error(logits: torch.Tensor, expected: torch.Tensor) -> float:

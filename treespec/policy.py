@@ -34,7 +34,11 @@ COUPLED_SHARPNESS = 2.0
 
 @dataclass
 class Outcome:
-    """What a round did: per row the tree's path, and the milliseconds of its parts."""
+    """What a round did: per row the tree's path, and the milliseconds of its parts.
+
+    `settled` and `draft_settled` are False where a forward of the target or the draft took other
+    time than it will later: it was not recorded yet, or was being recorded or checked.
+    """
 
     tree: Tree
     paths: list[list[int]]
@@ -46,6 +50,8 @@ class Outcome:
     num_nodes: int
     new_tokens: int
     sampled: bool
+    settled: bool = True
+    draft_settled: bool = True
 
 
 class Policy:
@@ -63,8 +69,15 @@ class Policy:
         first = [LOOKUP_PRIOR[min(length, len(LOOKUP_PRIOR) - 1)] for length in match_lengths]
         return first, [max(chance, LOOKUP_LATER) for chance in first]
 
+    def begin(self) -> None:
+        """A new batch of texts begins."""
+
     def wants_lookup(self) -> bool:
         return self.lookup_length > 0
+
+    def wants_matches(self, match_lengths: list[int]) -> bool:
+        """Whether what lookups found becomes candidates."""
+        return max(match_lengths) > 0
 
     def sharpness(self, picker: TokenPicker) -> float:
         """Factor on a draft's logits before they become probabilities."""
@@ -92,6 +105,11 @@ class Policy:
     def nodes_to_verify(self, scores: torch.Tensor) -> int:
         """Nodes to verify, root included, given all candidates' cumulative log-probabilities `[B,
         C]`."""
+        return self.max_nodes
+
+    def node_budget(self) -> int:
+        """Nodes to verify, root included, where siblings are drawn and none may be left out
+        later."""
         return self.max_nodes
 
     def observe(self, outcome: Outcome) -> None:

@@ -86,6 +86,8 @@ def explain(spec: TreeSpeculator) -> str:
     lines.append(f"shape: {spec._policy.describe()}")
     lines.append(f"sampling: {spec.sampling}; greedy when do_sample is off")
     lines.append(f"attention: {_attention_line(target)}")
+    fused = "fused with the cache write" if target.rotary is not None else "the model's own"
+    lines.append(f"rotary embedding: {fused} ({target.rotary_reason})")
     lines.append(f"recorded forwards: {_recording_line(target)}")
     lines.append(
         "CUDA graphs: off; forwards run eagerly on a GPU"

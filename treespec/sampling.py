@@ -16,8 +16,11 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import logits_process
 
 from treespec.kernels import ops
+from treespec.tree import Tree
 
 RULES = ("coupled", "target_only", "without_replacement", "traversal")
+# Rules that need siblings drawn from the draft, by numbers the target does not share.
+REJECTION_RULES = ("without_replacement", "traversal")
 
 # Processors that look at one row of scores alone, and cost a draft no sort of the vocabulary.
 _DRAFT_PROCESSORS = tuple(
@@ -29,9 +32,19 @@ _DRAFT_PROCESSORS = tuple(
         "SuppressTokensLogitsProcessor",
     )
 )
+# Processors that the acceptance ops apply themselves, in transformers' order: attribute, argument.
+_WARPERS = {
+    "TemperatureLogitsWarper": "temperature",
+    "TopKLogitsWarper": "top_k",
+    "TopPLogitsWarper": "top_p",
+    "MinPLogitsWarper": "min_p",
+}
+# Stream of the numbers that draw siblings; see `ops.verify_sampled`.
+_DRAFT_STREAM = 1
 # What processors of transformers hold of every row of a batch.
 _ROW_STATE = ("prompt_ignore_length", "encoder_input_ids", "generated_ngrams")
 _NOISE_BLOCK = 32
+_CUT = float("-inf")
 
 
 class CoupledNoise:
@@ -66,6 +79,24 @@ class CoupledNoise:
             self._blocks[key] = ops.gumbel_noise(self.seed, rows, positions, self.vocab_size)[0]
         return self._blocks[key][position % _NOISE_BLOCK]
 
+    def table(self, positions: list[int], count: int) -> torch.Tensor:
+        """Float32 `[B, count, V]`: a row's noise of `count` positions from its own on."""
+        return torch.stack(
+            [
+                torch.stack([self.at(row, position + step) for step in range(count)])
+                for row, position in enumerate(positions)
+            ]
+        )
+
+    def draft(self, nodes: torch.Tensor, lens: list[int]) -> torch.Tensor:
+        """Float32 `[B, F, V]` that draws the children of `nodes` `[B, F]` this round; the target
+        never sees it."""
+        device = nodes.device
+        rows = torch.tensor(self.row_ids, device=device)
+        # two words of the stream are the rejection's own; the root's position tells rounds apart
+        stream = 4 * (torch.tensor(lens, device=device) - 1) + _DRAFT_STREAM
+        return ops.gumbel_noise(self.seed, rows, nodes, self.vocab_size, stream=stream)
+
     def level(self, positions: list[int]) -> torch.Tensor:
         """Float32 `[B, 1, V]`, one position a row."""
         if len(positions) == 1:
@@ -95,6 +126,24 @@ def processor_of_row(processor: LogitsProcessor, row: int) -> LogitsProcessor:
     return own
 
 
+def warpers_of(processors: LogitsProcessorList) -> dict[str, float] | None:
+    """Processors as keyword arguments of `ops.verify_sampled`; None where they say more than
+    that."""
+    order = list(_WARPERS)
+    places = [
+        order.index(name) if (name := type(p).__name__) in order else -1 for p in processors
+    ]
+    if -1 in places or places != sorted(set(places)):
+        return None
+    if any(
+        getattr(p, "min_tokens_to_keep", 1) != 1 or getattr(p, "filter_value", _CUT) != _CUT
+        for p in processors
+    ):
+        return None
+    names = [_WARPERS[order[place]] for place in places]
+    return {name: getattr(p, name) for name, p in zip(names, processors)}
+
+
 def _batched(processor: LogitsProcessor, name: str) -> torch.Tensor | list | None:
     value = getattr(processor, name, None)
     return value if isinstance(value, (torch.Tensor, list)) else None
@@ -111,6 +160,11 @@ class TokenPicker:
         vocab_size: V of the target.
         device: of the logits.
         rule: one of `RULES`.
+        implementation: of the ops: "auto", "triton" or "torch".
+
+    Attributes:
+        warpers: the processors as arguments of `ops.verify_sampled`, or None where one of them is
+            not among these and the walk must ask it at every node.
     """
 
     def __init__(
@@ -122,7 +176,10 @@ class TokenPicker:
         vocab_size: int,
         device: torch.device,
         rule: str = "coupled",
+        implementation: str = "auto",
     ) -> None:
+        self.warpers = warpers_of(processors)
+        self.implementation = implementation
         self._processors = [
             LogitsProcessorList(processor_of_row(p, row) for p in processors) for row in row_ids
         ]
@@ -149,19 +206,69 @@ class TokenPicker:
         Raises:
             ValueError: if no token can be picked because scores are NaN or all -inf.
         """
-        scores = logits[None]
-        if self._processors[row]:
-            # a copy: processors may write in place
-            scores = self._processors[row](ids, scores.to(torch.float32, copy=True))
+        scores = self.scores(ids, logits, row)
         chosen = scores if self.noise is None else scores + self.noise.at(row, position)
         value, index = chosen.max(-1)
         token, best = int(index), float(value)
-        if best != best or best == float("-inf"):
-            raise ValueError(
-                f"target: no token can be picked at position {position}: its scores are "
-                f"{'NaN' if best != best else 'all -inf'}"
-            )
+        if best != best or best == _CUT:
+            raise self.cannot_pick(scores, position)
         return token, scores
+
+    def scores(self, ids: torch.Tensor, logits: torch.Tensor, row: int) -> torch.Tensor:
+        """The processed scores `[1, V]` of `logits` `[V]` after `ids` `[1, L]`."""
+        if not self._processors[row]:
+            return logits[None]
+        # a copy: processors may write in place
+        return self._processors[row](ids, logits[None].to(torch.float32, copy=True))
+
+    @staticmethod
+    def cannot_pick(scores: torch.Tensor, position: int) -> ValueError:
+        what = "NaN" if bool(scores.isnan().any()) else "all -inf"
+        return ValueError(
+            f"target: no token can be picked at position {position}: its scores are {what}"
+        )
+
+    @property
+    def in_one_op(self) -> bool:
+        """Whether the ops know all processors, so that one of them decides a whole batch."""
+        return self.warpers is not None and (self.do_sample or not self.warpers)
+
+    def verify(self, logits: torch.Tensor, tree: Tree, lens: list[int]) -> ops.Verdict:
+        """The verdict on a batch of trees whose processors are all known `warpers`.
+
+        Args:
+            logits: `[B, N, V]` of the target.
+            tree: the trees.
+            lens: committed tokens of every row, the root among them.
+        """
+        trees = (logits, tree.tokens, tree.parents, tree.num_nodes)
+        if self.noise is None:
+            return ops.verify_greedy(*trees, implementation=self.implementation)
+        assert self.warpers is not None
+        roots = torch.tensor(lens, device=logits.device).unsqueeze(1) - 1
+        rejects = self.rejects and tree.draft_probs is not None
+        noise = None
+        if self.implementation == "torch" and not rejects:
+            # made already for the drafts, or needed again by them
+            noise = self.noise.table(lens, int(tree.depths.max()) + 1)
+        return ops.verify_sampled(
+            *trees,
+            positions=roots + tree.depths,
+            draft_probs=tree.draft_probs if rejects else None,
+            # a bare root is decided by the shared noise, which no rejection has used
+            rule=self.rule if rejects else "coupled",
+            drafting="sampled" if rejects else None,
+            noise=noise,
+            seed=self.noise.seed,
+            rows=torch.tensor(self.noise.row_ids, device=logits.device),
+            implementation=self.implementation,
+            **self.warpers,
+        )
+
+    @property
+    def rejects(self) -> bool:
+        """Whether siblings are drawn from the draft and accepted by a rejection rule."""
+        return self.noise is not None and self.rule in REJECTION_RULES
 
     @property
     def knows_pick(self) -> bool:

@@ -21,7 +21,7 @@ from treespec.engine import Engine, Request
 from treespec.many import generate_many
 from treespec.model import TreeModel
 from treespec.policy import Policy, make_policy
-from treespec.sampling import RULES, TokenPicker
+from treespec.sampling import REJECTION_RULES, RULES, TokenPicker
 from treespec.shapes import Shape, resolve_shape
 from treespec.sources import DraftSource, NgramSource, OneShotSource
 from treespec.sources.model import ModelSource
@@ -44,8 +44,11 @@ class TreeSpeculator:
             a shape: `Chain`, `FixedTree`, `BestFirstTree`, `AdaptiveTree`, which use exactly the
                 sources given.
         tokenizer: needed for `stop_strings` and for text prompts.
-        sampling: "coupled" (same seed, same text, with or without speculation) or "target_only"
-            (the same text, but the draft does not know the noise; for comparison).
+        sampling: rule by which drafted tokens are accepted when sampling; all keep the target's
+            distribution. "coupled": same seed, same text, with or without speculation.
+            "target_only": the same text, but the draft does not know the noise; for comparison.
+            "without_replacement" and "traversal": rejection of tokens drawn from a draft model, so
+            no lookups; other text at the same seed. Greedy text is the same under all.
         attention: "triton" (an error where it cannot run), "torch", or "auto": Triton on a GPU,
             PyTorch elsewhere.
         cuda_graphs: "auto" or False.
@@ -70,10 +73,6 @@ class TreeSpeculator:
     ) -> None:
         self.shape = resolve_shape(tree)
         checks.option("sampling", sampling, RULES)
-        if sampling not in ("coupled", "target_only"):
-            raise NotImplementedError(
-                f'sampling="{sampling}" is not wired into generation yet; use "coupled"'
-            )
         checks.option("attention", attention, ("auto", "torch", "triton"))
         checks.option("cuda_graphs", cuda_graphs, ("auto", True, False))
         checks.option("capture", capture, ("auto", True, False))
@@ -81,6 +80,8 @@ class TreeSpeculator:
         if cuda_graphs is True:
             raise NotImplementedError('cuda_graphs=True is not available yet; use "auto" or False')
         parts = checks.draft_parts(draft, target)
+        if sampling in REJECTION_RULES:
+            checks.drawn_drafts(sampling, parts)
         self.target = target
         self.tokenizer = tokenizer
         self.sampling = sampling
@@ -95,7 +96,12 @@ class TreeSpeculator:
                 lookups.append(NgramSource())
             else:
                 lookups.append(part)
-        self.lookup_added = self.shape is None and self._model is not None and not lookups
+        self.lookup_added = (
+            self.shape is None
+            and self._model is not None
+            and not lookups
+            and sampling not in REJECTION_RULES
+        )
         if self.lookup_added:
             lookups.append(NgramSource())
         self._policy = self._make_policy(bool(lookups))
@@ -109,9 +115,12 @@ class TreeSpeculator:
             return Policy()
         if self.shape is not None:
             return make_policy(self.shape, self._model is not None, with_lookup)
+        from treespec import tuner
         from treespec.auto import AutoPolicy
 
-        return AutoPolicy(self._model is not None, with_lookup)
+        costs, origin = tuner.load(tuner.make_key(self._target, self._model))
+        share = self._model.num_parameters / self._target.num_parameters if self._model else 0.0
+        return AutoPolicy(self._model is not None, with_lookup, costs, origin, share)
 
     def generate(
         self,
@@ -306,7 +315,10 @@ class TreeSpeculator:
             self._target.vocab_size,
             self._target.device,
             self.sampling,
+            self._target.implementation,
         )
+        if picker.rejects:
+            checks.known_warpers(self.sampling, picker.warpers, processors)
         return Request(
             input_ids=input_ids,
             prompts=prompts,
@@ -429,7 +441,7 @@ class TreeSpeculator:
             request, _ = self._prepare(
                 ids, None, None, None, {"max_new_tokens": new_tokens, "do_sample": False}
             )
-            request.eos_ids = frozenset()
+            request.eos_ids, request.warming = frozenset(), True
             for _ in self._engine.run(request):
                 pass
 

@@ -32,6 +32,8 @@ class Tree:
         draft_rows: int64 `[B, N]`, the draft's row of a node it has forwarded, else -1; None
             without a draft model.
         lookup: bool `[B, N]`, nodes that a lookup proposed; None without lookups.
+        draft_probs: float32 `[B, N, V]`, what the children of each node were drawn from; None
+            unless they were drawn.
     """
 
     tokens: torch.Tensor
@@ -42,6 +44,7 @@ class Tree:
     scores: torch.Tensor
     draft_rows: torch.Tensor | None = None
     lookup: torch.Tensor | None = None
+    draft_probs: torch.Tensor | None = None
 
 
 NODE_SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 96, 128, 192, 256)
@@ -130,6 +133,33 @@ def merge_continuations(
     return parents, fresh, share
 
 
+def sibling_counts(
+    parent_scores: torch.Tensor, logprobs: torch.Tensor, num_children: int, limit: int
+) -> torch.Tensor:
+    """How many children to draw for each node of a level, decided before any is drawn.
+
+    The j-th sibling is worth the parent's probability times what the j - 1 likeliest tokens leave;
+    the `limit` worthiest of the level are drawn. Nothing that was drawn on this level enters, so
+    every draw keeps its distribution (docs/kernels/verify_sampled.md).
+
+    Args:
+        parent_scores: float32 `[B, F]` cumulative log-probabilities.
+        logprobs: float32 `[B, F, V]`.
+        num_children: most children of a node, K.
+        limit: most of the level.
+
+    Returns:
+        int64 `[B, F]`.
+    """
+    likeliest = logprobs.topk(min(num_children, logprobs.shape[2]), dim=2).values.exp()
+    left = (1 - (likeliest.cumsum(2) - likeliest)).clamp_min_(1e-9)
+    worth = (parent_scores.unsqueeze(2) + left.log_()).nan_to_num_(nan=_EMPTY)
+    flat = worth.flatten(1)
+    chosen = flat.sort(dim=1, descending=True, stable=True).indices[:, :limit]
+    drawn = torch.zeros_like(flat, dtype=torch.long).scatter_(1, chosen, 1)
+    return drawn.view(worth.shape).sum(2)
+
+
 class Growth:
     """Candidate nodes of one round, in one pool per row; node 0 is the root.
 
@@ -150,6 +180,8 @@ class Growth:
         self._frontier_scores = self.scores[:, :1]
         self._draft_rows: torch.Tensor | None = None
         self._draft_visible: torch.Tensor | None = None
+        self._probs: list[torch.Tensor] = []
+        self._prob_rows: torch.Tensor | None = None
 
     def all_scores(self) -> torch.Tensor:
         """float32 `[B, C]` cumulative log-probabilities of all candidates, -inf for empty
@@ -168,6 +200,8 @@ class Growth:
             self.parents = F.pad(self.parents, more, value=-1)
             if self._draft_rows is not None:
                 self._draft_rows = F.pad(self._draft_rows, more, value=-1)
+            if self._prob_rows is not None:
+                self._prob_rows = F.pad(self._prob_rows, more)
         place = slice(self.count, end)
         self.tokens[:, place] = tokens
         self.parents[:, place] = parents
@@ -238,6 +272,38 @@ class Growth:
         if self.num_lookups:
             scores = self._merge_with_lookups(tokens, parents, scores)
         self._append(tokens, parents, scores)
+
+    def sibling_counts(
+        self, logprobs: torch.Tensor, num_children: int, limit: int
+    ) -> torch.Tensor:
+        """`sibling_counts` of the frontier."""
+        return sibling_counts(self._frontier_scores, logprobs, num_children, limit)
+
+    def draw(
+        self, logprobs: torch.Tensor, noise: torch.Tensor, num_children: int, counts: torch.Tensor
+    ) -> None:
+        """Gives every node of the frontier children drawn without replacement, in the order drawn
+        (Gumbel top-k; Kool et al., 1903.06059, section 3).
+
+        Args:
+            logprobs: float32 `[B, F, V]` of the frontier, what is drawn from.
+            noise: float32 `[B, F, V]` Gumbel noise of this draw alone.
+            num_children: most children of a node, K.
+            counts: int64 `[B, F]` children of each, at most K.
+        """
+        tokens = (logprobs + noise).topk(min(num_children, logprobs.shape[2]), dim=2).indices
+        scores = logprobs.gather(2, tokens) + self._frontier_scores.unsqueeze(2)
+        scores.nan_to_num_(nan=_EMPTY, neginf=_EMPTY)
+        order = torch.arange(tokens.shape[2], device=tokens.device)
+        scores.masked_fill_(order >= counts.unsqueeze(2), _EMPTY)
+        if self._prob_rows is None:
+            self._prob_rows = torch.zeros_like(self.parents)
+        rows = torch.arange(self.frontier.shape[1], device=tokens.device)
+        first = sum(probs.shape[1] for probs in self._probs)
+        self._prob_rows.scatter_(1, self.frontier, (rows + first).expand_as(self.frontier))
+        self._probs.append(logprobs.exp())
+        parents = self.frontier.unsqueeze(2).expand_as(tokens)
+        self._append(tokens.flatten(1), parents.flatten(1), scores.flatten(1))
 
     def _merge_with_lookups(
         self, tokens: torch.Tensor, parents: torch.Tensor, scores: torch.Tensor
@@ -335,6 +401,11 @@ class Growth:
             )
         if self.num_lookups:
             lookup = F.pad((kept >= 1) & (kept <= self.num_lookups) & ~absent, padding)
+        draft_probs = None
+        if self._prob_rows is not None:
+            rows = F.pad(self._prob_rows.gather(1, kept), padding)
+            batch = torch.arange(len(rows), device=rows.device).unsqueeze(1)
+            draft_probs = torch.cat(self._probs, dim=1)[batch, rows]
         return Tree(
             tokens=F.pad(self.tokens.gather(1, kept), padding),
             parents=parents,
@@ -346,4 +417,5 @@ class Growth:
             ),
             draft_rows=draft_rows,
             lookup=lookup,
+            draft_probs=draft_probs,
         )

@@ -23,10 +23,12 @@ class Sequences:
             undefined.
         lens: committed tokens of every row; the last one is the root, whose key-value row is not
             written yet.
+        rounds_ahead: about how many rounds are still to come; None where that is unknown.
     """
 
     tokens: torch.Tensor
     lens: list[int]
+    rounds_ahead: float | None = None
 
     def roots(self) -> torch.Tensor:
         """int64 `[B]`, the last committed token of every row."""
@@ -75,6 +77,7 @@ class StepwiseSource(DraftSource):
     was asked about."""
 
     vocab_size: int
+    settled = True  # False in a round whose forwards took other time than later ones will
 
     @abstractmethod
     def root_logits(

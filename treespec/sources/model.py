@@ -30,19 +30,20 @@ class ModelSource(StepwiseSource):
 
     def begin(self, sequences: Sequences, capacity: int) -> None:
         self.model.begin()
+        # the text is taken in when the draft is first asked: it may never be
         self.model.allocate(len(sequences.lens), capacity + self.max_rows)
         self.forwards = 0
-        self.model.ingest(sequences.tokens, [length - 1 for length in sequences.lens])
 
     def drop_row(self, row: int) -> None:
         self.model.drop_row(row)
 
     def root_logits(self, sequences: Sequences):
         prefix_lens = self.model.cache.prefix_lens
-        if (
-            max(length - prefix for length, prefix in zip(sequences.lens, prefix_lens))
-            > _LONGEST_CATCH_UP
-        ):
+        self.model.rounds_ahead = sequences.rounds_ahead
+        self.settled = True
+        behind = max(length - prefix for length, prefix in zip(sequences.lens, prefix_lens))
+        if behind > _LONGEST_CATCH_UP or min(prefix_lens) == 0:
+            self.settled = False
             self.model.ingest(sequences.tokens, [length - 1 for length in sequences.lens])
         self._behind = [length - prefix for length, prefix in zip(sequences.lens, prefix_lens)]
         device = sequences.tokens.device
@@ -59,7 +60,7 @@ class ModelSource(StepwiseSource):
         self._prefix = prefix
         self._positions = positions
         self.forwards += 1
-        logits = self.model.forward(tokens, positions, chain)
+        logits = self._forward(tokens, positions, chain)
         root_row = torch.tensor(self._behind, device=device) - 1
         index = root_row.view(-1, 1, 1)
         root_logits = logits.gather(1, index.expand(-1, 1, logits.shape[2]))
@@ -71,7 +72,12 @@ class ModelSource(StepwiseSource):
         positions = (roots + depth).expand_as(tokens)
         self._positions = torch.cat([self._positions[:, :offset], positions], dim=1)
         self.forwards += 1
-        return self.model.forward(tokens, positions, visible, offset, self._positions)
+        return self._forward(tokens, positions, visible, offset, self._positions)
+
+    def _forward(self, *call) -> torch.Tensor:
+        logits = self.model.forward(*call)
+        self.settled = self.settled and self.model.settled
+        return logits
 
     def commit(self, paths: list[list[int]]) -> None:
         self.model.cache.commit(
