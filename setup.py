@@ -7,7 +7,7 @@ Metadata, dependencies and tools are configured in pyproject.toml.
 from setuptools import setup
 
 setup(
-    packages=["treespec", "treespec.sources", "treespec.kernels"],
+    packages=["treespec", "treespec.bench", "treespec.sources", "treespec.kernels"],
     package_dir={"treespec.kernels": "kernels"},
     package_data={"treespec": ["py.typed", "data/**/*"]},
 )

@@ -151,7 +151,7 @@ def test_verify_greedy(benchmark, nodes, vocab_size, provider):
                 graph=provider != "torch")  # fmt: skip
 
 
-@pytest.mark.parametrize("provider", [*RULES, "torch multinomial"])
+@pytest.mark.parametrize("provider", [*RULES, "coupled, noise at hand", "torch multinomial"])
 @pytest.mark.parametrize("nodes, vocab_size", VERIFY)
 def test_verify_sampled(benchmark, nodes, vocab_size, provider):
     copies = copies_of(nodes * vocab_size * 2)
@@ -163,10 +163,14 @@ def test_verify_sampled(benchmark, nodes, vocab_size, provider):
         def call(x):
             return torch_multinomial(x, tokens, parents, num_nodes)
     else:
+        rule, _, at_hand = provider.partition(", ")
+        steps = torch.arange(9, device=DEVICE)
+        rows = torch.zeros(1, dtype=torch.long, device=DEVICE)
+        noise = ops.gumbel_noise(7, rows, positions[:, :1] + 1 + steps, vocab_size)
         call = functools.partial(
             ops.verify_sampled, tokens=tokens, parents=parents, num_nodes=num_nodes,
-            positions=positions,
-            draft_probs=draft_probs, rule=provider, seed=7,
+            positions=positions, draft_probs=draft_probs, rule=rule, seed=7,
+            noise=noise if at_hand else None,
         )  # fmt: skip
         verdict, again = call(logits[0]), call(logits[0])
         assert (
@@ -174,6 +178,83 @@ def test_verify_sampled(benchmark, nodes, vocab_size, provider):
         )
     measure(benchmark, call, logits, provider, f"N={nodes} V={vocab_size}", nodes * vocab_size * 2,
             graph=provider != "torch multinomial")  # fmt: skip
+
+
+def torch_children(logits, cum_logprobs, num_children, noise):
+    """Log-softmax over all, then top-k of all; which of equal tokens is taken is not defined."""
+    scores = logits.float() if noise is None else logits.float() + noise
+    values, tokens = scores.log_softmax(-1).topk(num_children)
+    return tokens, values + cum_logprobs[..., None]
+
+
+@pytest.mark.parametrize("provider", ["treespec", "torch"])
+@pytest.mark.parametrize("drafting", ["top", "coupled", "sampled"])
+@pytest.mark.parametrize(
+    "frontier, vocab_size", [(8, 151936), (32, 128256)] if ON_GPU else [(6, 4096), (6, 32000)]
+)
+def test_draft_children(benchmark, frontier, vocab_size, drafting, provider):
+    """Coupled drafting has its noise at hand on a CPU, in both; drawn children never have."""
+    generator = torch.Generator().manual_seed(3)
+    # Distinct numbers in every row: topk need not order equal ones.
+    order = torch.stack([torch.randperm(vocab_size, generator=generator) for _ in range(frontier)])
+    logits = (order[None] / vocab_size * 20).to(DEVICE)
+    parents = torch.zeros(1, frontier, device=DEVICE)
+    rows = torch.zeros(1, dtype=torch.long, device=DEVICE)
+    places = torch.arange(frontier, device=DEVICE)[None]
+    level = torch.full((1, frontier), 9, device=DEVICE)
+    shared = ops.gumbel_noise(7, rows, level[:, :1], vocab_size)
+
+    def own(x):
+        return ops.gumbel_noise(7, rows, places, vocab_size, stream=4 * 8 + 1)
+
+    def treespec(x):
+        return ops.draft_children(
+            x, parents, 6, drafting=drafting, seed=7, rows=rows, positions=level, nodes=places,
+            root_positions=level[:, 0] - 1, noise=shared if drafting == "coupled" else None,
+        )  # fmt: skip
+
+    def plain(x):
+        if drafting != "sampled":
+            return torch_children(x, parents, 6, shared if drafting == "coupled" else None)
+        logprobs = x.log_softmax(-1)
+        tokens = (logprobs + own(x)).topk(6).indices
+        return tokens, logprobs.gather(2, tokens) + parents[..., None]
+
+    wanted, got = plain(logits), treespec(logits)
+    assert torch.equal(got[0], wanted[0])
+    torch.testing.assert_close(got[1], wanted[1], rtol=1e-5, atol=1e-5)
+    inputs = [logits.clone() for _ in range(copies_of(logits.numel() * 4))]
+    measure(benchmark, plain if provider == "torch" else treespec, inputs, provider,
+            f"{drafting} F={frontier} V={vocab_size} K=6", logits.numel() * 4)  # fmt: skip
+
+
+def torch_merge(continuations):
+    """Every pair of continuations compared at once."""
+    num, length = continuations.shape[1:]
+    known = (continuations >= 0).cumprod(2).bool()
+    equal = (continuations[:, :, None] == continuations[:, None]) & known[:, None]
+    same = equal.cumprod(3)
+    first = same.argmax(2)
+    fresh = (first == torch.arange(num, device=DEVICE)[:, None]) & known
+    place = first * length + torch.arange(length, device=DEVICE)
+    parents = torch.nn.functional.pad(place[..., :-1], (1, 0), value=-1)
+    votes = torch.tensor([0.4, 0.25, 0.2, *[0.15] * num][:num]).to(DEVICE)
+    total = (votes * known[..., 0]).sum(1).clamp(min=1e-9)
+    share = (same * votes[:, None]).sum(2) / total[:, None, None]
+    return parents.masked_fill(~fresh, -1), fresh, share
+
+
+@pytest.mark.parametrize("provider", ["treespec", "torch"])
+@pytest.mark.parametrize("num, length", [(4, 8), (8, 16)])
+def test_merge_continuations(benchmark, num, length, provider):
+    generator = torch.Generator().manual_seed(4)
+    continuations = torch.randint(0, 2, (1, num, length), generator=generator).to(DEVICE)
+    call = torch_merge if provider == "torch" else ops.merge_continuations
+    wanted = reference.merge_continuations(continuations.cpu())
+    for one, other in zip(call(continuations), wanted):
+        torch.testing.assert_close(one.cpu(), other)
+    measure(benchmark, call, [continuations], provider, f"M={num} L={length}",
+            num * length * (8 + 8 + 1 + 4))  # fmt: skip
 
 
 @pytest.mark.parametrize("vocab_size", [4096, 151936] if ON_GPU else [4096, 32000])

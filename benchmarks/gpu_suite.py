@@ -1,4 +1,5 @@
-"""All that a CUDA machine can show, in nine minutes: kernels checked, then timed, results kept.
+"""All that a CUDA machine can show, in nine minutes: kernels checked, then timed, then whole
+generations; results kept.
 
     make gpu-suite                 # writes to benchmarks/results/, or to $OUT where that is set
 
@@ -17,17 +18,19 @@ from pathlib import Path
 
 import torch
 
-CHECKS = (("kernel tests", ["-m", "pytest", "tests/kernels", "-q", "-m", "not compile"], 150),)
-PEERS = ["benchmarks/compare_peers.py", "--device", "cuda", "--dtype", "float16", "--stride", "20"]
+CHECKS = (("kernel tests", ["-m", "pytest", "tests/kernels", "-q", "-m", "not compile"], 140),)
+# The ablation's steps beside the others' rows: all of it takes longer than this suite has.
+REFERENCE_ROWS = "assisted,prompt lookup,flashspec,plain,K=6 (draft),pruned (draft),auto"
 KERNELS = ["-m", "pytest", "benchmarks", "-q", "--benchmark-json={out}/kernels.json"]
+BENCH = ["-m", "treespec", "bench"]
+ON_CUDA = ["--device", "cuda", "--dtype", "float16", "--minutes", "1"]
+SHORT = ["--new-tokens", "120", "--warm-ups", "1"]
+REFERENCE = [*BENCH, "reference", *ON_CUDA, "--rows", REFERENCE_ROWS, *SHORT]
+SUITE = [*BENCH, "suite", *ON_CUDA, "--temperature", "0", "1", "--batch", "1", *SHORT]
 TIMINGS = (
-    ("kernel benchmarks", KERNELS, 200),
-    ("greedy float16", [*PEERS, "--output", "{out}/greedy-float16.json"], 90),
-    (
-        "sampled float16",
-        [*PEERS, "--temperature", "1.0", "--output", "{out}/sampled-float16.json"],
-        90,
-    ),
+    ("benchmarks", KERNELS, 170),
+    ("reference float16", [*REFERENCE, "--output", "{out}/reference-float16.json"], 110),
+    ("suite float16", [*SUITE, "--output", "{out}/suite-float16.json"], 110),
 )
 
 

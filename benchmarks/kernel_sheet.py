@@ -1,10 +1,13 @@
 """The sheet of compiled kernels: registers, shared memory, inner loop and the time these imply,
 without a GPU.
 
-    python benchmarks/kernel_sheet.py                    write
-    benchmarks/sheets/tree_attention.{json,md} python benchmarks/kernel_sheet.py --check
-    compile again and compare with what is committed python benchmarks/kernel_sheet.py
-    --check-compiles   only compile, with any Triton version, and check the limits
+    python benchmarks/kernel_sheet.py
+        write benchmarks/sheets/tree_attention.{json,md}, and the choices that were not taken to
+        tree_attention_alternatives.{json,md}
+    python benchmarks/kernel_sheet.py --check
+        compile again and compare with what is committed
+    python benchmarks/kernel_sheet.py --check-compiles
+        only compile, with any Triton version, and check the limits
 
 Every time in it is *modelled, not measured*: the greatest of four lower bounds, for memory,
 instruction issue, tensor cores and exponentials, from the compiled loop and data-sheet rates. It
@@ -27,6 +30,7 @@ import tree_attention_cases  # noqa: E402
 from treespec.kernels import tuning  # noqa: E402
 
 SHEET = ROOT / "benchmarks" / "sheets" / "tree_attention.json"
+ALTERNATIVES = SHEET.with_name("tree_attention_alternatives.json")
 PREFIX_LEN = 8192 - 64
 LABEL = "modelled, not measured"
 
@@ -112,6 +116,16 @@ def build_rows(results: list[dict] | None = None) -> list[dict]:
     return rows
 
 
+def alternative_rows() -> list[dict]:
+    """The kernels of choices that were not taken, compiled; they may spill."""
+    jobs = tree_attention_cases.alternative_jobs()
+    results = compile_tools.run_jobs(list(jobs.values()))
+    return [
+        {"kernel": name, "capability": capability, **compiled}
+        for (name, capability), compiled in zip(jobs, results)
+    ]
+
+
 def faults(rows: list[dict]) -> list[str]:
     """What breaks a hard limit, whatever the Triton version."""
     found = []
@@ -194,6 +208,52 @@ def markdown(version: str, rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def alternatives_markdown(version: str, rows: list[dict]) -> str:
+    """The choices not taken as a page."""
+    lines = [
+        "# Tree attention: choices not taken, compiled",
+        "",
+        f"Written by `python benchmarks/kernel_sheet.py` with Triton {version}; do not edit.",
+        "What each was weighed against is in docs/design/004-tree-attention.md.",
+        "",
+        "| kernel | chip | registers | spills | shared KiB | warps | tensor instructions "
+        "| instructions of a loop iteration |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = [
+            row["kernel"],
+            f"sm_{row['capability']}",
+            row["registers"],
+            row["spill_bytes"],
+            f"{row['shared_bytes'] / 1024:.0f}",
+            row["num_warps"],
+            row["loop"].get("tensor", 0),
+            sum(row["loop"].values()),
+        ]
+        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def write(path: Path, version: str, rows: list[dict], page: str, **more: str) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"triton": version, **more, "rows": rows}, indent=1) + "\n")
+    path.with_suffix(".md").write_text(page)
+
+
+def outdated(path: Path, version: str, rows: list[dict], render) -> list[str]:
+    """Where a committed sheet and its page are not those of the kernels just compiled."""
+    committed = json.loads(path.read_text())
+    if committed["triton"] != version:
+        print(f"{path.name} is for Triton {committed['triton']}: only limits are checked")
+        return []
+    found = differences(committed["rows"], rows)
+    page = path.with_suffix(".md")
+    if not page.is_file() or page.read_text() != render(version, committed["rows"]):
+        found.append(f"{page.name} is not the page of {path.name}")
+    return found
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     mode = parser.add_mutually_exclusive_group()
@@ -202,21 +262,15 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     version, rows = triton_version(), build_rows()
     found = faults(rows)
+    if not options.check_compiles:
+        alternatives = alternative_rows()
     if options.check:
-        committed = json.loads(SHEET.read_text())
-        if committed["triton"] == version:
-            found += differences(committed["rows"], rows)
-            page = SHEET.with_suffix(".md")
-            if not page.is_file() or page.read_text() != markdown(version, committed["rows"]):
-                found.append(f"{page.name} is not the page of {SHEET.name}")
-        else:
-            print(f"committed for Triton {committed['triton']}: only limits are checked")
+        found += outdated(SHEET, version, rows, markdown)
+        found += outdated(ALTERNATIVES, version, alternatives, alternatives_markdown)
     elif not options.check_compiles:
-        SHEET.parent.mkdir(exist_ok=True)
-        SHEET.write_text(
-            json.dumps({"triton": version, "label": LABEL, "rows": rows}, indent=1) + "\n"
-        )
-        SHEET.with_suffix(".md").write_text(markdown(version, rows))
+        write(SHEET, version, rows, markdown(version, rows), label=LABEL)
+        page = alternatives_markdown(version, alternatives)
+        write(ALTERNATIVES, version, alternatives, page)
     print(f"Triton {version}: {len(rows)} kernels compiled, {len(found)} faults")
     for line in found:
         print(f"  {line}")

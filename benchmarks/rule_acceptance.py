@@ -42,8 +42,8 @@ class EqualTrees(Policy):
         self.max_nodes = 1 + first + (depth - 1) * width * later
         self.max_rows = 1 + (depth - 1) * width
 
-    def children(self, depth, logprobs):
-        return self.later if depth else self.first, None
+    def children(self, depth):
+        return self.later if depth else self.first
 
     def frontier(self, depth):
         return self.width, float("-inf")

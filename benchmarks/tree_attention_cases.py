@@ -47,6 +47,38 @@ VARIANTS = {
 }
 # These differ little between chips of a family, so they are compiled for fewer of them.
 FEWER_CHIPS = {"pythia-2.8b, 16 nodes": (80, 90), "float32, 16 nodes": (86, 90)}
+# Choices that were looked at and not taken; design note 004 says why. Arguments of ``split_kernel``
+# and the chips they are compiled for.
+_EVERY = (80, 86, 89, 90, 100, 120)
+_WIDE_FLOAT32 = {**_FLOAT32, "head_dim": 256, "num_nodes": 16}
+ALTERNATIVES = {
+    "128-slot tiles, llama-3-8b, 64 nodes": (
+        {**_LLAMA, "num_nodes": 64, "config": {"block_slots": 128}},
+        (90,),
+    ),
+    "80 as 64 + 16, pythia-2.8b, 16 nodes": (
+        {**_PYTHIA, "num_nodes": 16, "pieces": [64, 16]},
+        (90,),
+    ),
+    "whole tiles under a window and ALiBi, llama-3-8b, 64 nodes": (
+        {**_LLAMA, "num_nodes": 64, "window": True, "alibi": True, "config": {"block_slots": 64}},
+        (80, 90, 100),
+    ),
+    "whole tiles under a window, gpt-oss, 32 nodes": (
+        {**_GPT_OSS, "num_nodes": 32, "config": {"block_slots": 128}},
+        (90, 100),
+    ),
+    "four warps, float32, 16 nodes": (
+        {**_FLOAT32, "num_nodes": 16, "config": {"num_warps": 4}},
+        _EVERY,
+    ),
+    "four warps, float32, 16 nodes of 256": (
+        {**_WIDE_FLOAT32, "config": {"num_warps": 4}},
+        _EVERY,
+    ),
+    "tf32x3, float32, 16 nodes": ({**_FLOAT32, "num_nodes": 16, "precision": "tf32x3"}, _EVERY),
+    "tf32x3, float32, 16 nodes of 256": ({**_WIDE_FLOAT32, "precision": "tf32x3"}, _EVERY),
+}
 COMBINE = {"group": 4, "kv_heads": 8, "value_dim": 128, "num_splits": 16}
 
 
@@ -68,6 +100,18 @@ def compile_jobs(capabilities) -> dict[tuple[str, int], dict]:
             "arguments": arguments,
         }
     return jobs
+
+
+def alternative_jobs() -> dict[tuple[str, int], dict]:
+    """The choices not taken, as ``compile_jobs``."""
+    return {
+        (name, capability): {
+            "builder": "tree_attention_cases:split_kernel",
+            "arguments": {"capability": capability, **arguments},
+        }
+        for name, (arguments, capabilities) in ALTERNATIVES.items()
+        for capability in capabilities
+    }
 
 
 def chosen_config(
@@ -129,12 +173,15 @@ def split_kernel(
     sinks: bool = False,
     alibi: bool = False,
     config: dict | None = None,
+    pieces: list[int] | None = None,
+    precision: str | None = None,
     aligned: bool = True,
 ) -> dict:
     """Arguments of ``compile_tools.compile_kernel`` for the split kernel as the launcher would
     start it.
 
-    ``config`` replaces fields of the tuning table's choice; without ``aligned`` nothing is known to
+    ``config`` replaces fields of the tuning table's choice, ``pieces`` the powers of two that hold
+    the head dimension, ``precision`` that of the products; without ``aligned`` nothing is known to
     be divisible by 16.
     """
     from treespec.kernels import tree_attention
@@ -165,6 +212,8 @@ def split_kernel(
     pointers |= {name: kind for name, (kind, present) in optional.items() if present}
     d1, d2 = tuning.split_head_dim(head_dim, config.block_rows)
     v1, v2 = tuning.split_head_dim(value_dim, config.block_rows)
+    if pieces is not None:
+        (d1, d2), (v1, v2) = pieces, pieces
     names = tree_attention.tree_attention_split_kernel.arg_names
     scalars = {name: "i32" for name in names if name.startswith("stride_") and name[-1] != "s"}
     scalars |= dict.fromkeys(("num_nodes", "num_slots", "num_splits", "window"), "i32")
@@ -188,7 +237,7 @@ def split_kernel(
         "SPLIT": split,
         "stride_ks": head_dim,
         "stride_vs": value_dim,
-        "PRECISION": tree_attention.PRECISION,
+        "PRECISION": precision or tree_attention.PRECISION,
         "UPCAST": False,
     }
     constants |= {name: None for name, (_, present) in optional.items() if not present}

@@ -1,11 +1,12 @@
-"""Public ops that decide which drafted tokens survive: signatures, checks and documentation (re-
-exported by ``ops``).
+"""Public ops that decide which drafted tokens survive: signatures, checks and documentation
+(re-exported by ``ops``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from . import torch_acceptance
@@ -82,6 +83,7 @@ def verify_sampled(
     seed: int | torch.Tensor,
     rows: torch.Tensor | None = None,
     drafting: str | None = None,
+    noise: torch.Tensor | None = None,
     implementation: str = "auto",
 ) -> Verdict:
     """Sample the target's tokens along the tree, exactly as the target alone would distribute them.
@@ -128,6 +130,10 @@ def verify_sampled(
         drafting: how the children were chosen, to have a mismatch refused: "deterministic" (top-k,
             lookups), "coupled" (top-k with the target's noise) or "sampled" (without replacement,
             with their own numbers). None: the caller vouches for it.
+        noise: float32 [B, D, V], if at hand: the noise of rules "coupled" and "target_only" at
+            positions ``positions[:, :1] + 1 + arange(D)``, as ``gumbel_noise(seed, rows, ...)``
+            gives it, D more than the depth of any node. The PyTorch path then does not make it; the
+            kernel always makes its own, in registers.
         implementation: "auto", "triton" or "torch".
 
     Returns:
@@ -145,12 +151,7 @@ def verify_sampled(
     if rows is None:
         rows = torch.arange(batch, device=logits.device)
     check_tensor("rows", rows, INDEX_DTYPES, "[B]", (batch,), logits.device)
-    warpers = Warpers(
-        _warper("temperature", temperature, "positive", lambda x: 0 < x < float("inf"), batch),
-        _warper("top_k", top_k, "0 (off) or more", lambda x: x >= 0, batch),
-        _warper("top_p", top_p, "in (0, 1]", lambda x: 0 < x <= 1, batch),
-        _warper("min_p", min_p, "in [0, 1]", lambda x: 0 <= x <= 1, batch),
-    )
+    warpers = check_warpers(temperature, top_k, top_p, min_p, batch)
     _check_rule(rule, drafting, draft_probs)
     if rule in REJECTION_RULES:
         check_tensor(
@@ -161,13 +162,15 @@ def verify_sampled(
             (batch, capacity, vocab_size),
             logits.device,
         )
+    if noise is not None:
+        _check_noise(noise, positions, num_nodes, vocab_size)
+    trees = (logits, tokens, parents, num_nodes, positions)
+    how = (draft_probs, rule, warpers, seed, rows)
     if runs_on_triton(logits.device, implementation):
-        from .verify_rejection import launch_verify_sampled as run
-    else:
-        run = torch_acceptance.verify_sampled
-    return run(
-        logits, tokens, parents, num_nodes, positions, draft_probs, rule, warpers, seed, rows
-    )
+        from .verify_rejection import launch_verify_sampled
+
+        return launch_verify_sampled(*trees, *how)
+    return torch_acceptance.verify_sampled(*trees, *how, noise)
 
 
 def gumbel_noise(
@@ -232,6 +235,16 @@ def check_seed(seed: int | torch.Tensor, like: torch.Tensor) -> None:
         raise ValueError(f"seed must be an int in [0, 2^64) or int64 [B]; got {seed!r}")
 
 
+def check_warpers(temperature, top_k, top_p, min_p, batch: int) -> Warpers:
+    """The four warpers of a batch, each a number or a tensor [B] in its range."""
+    return Warpers(
+        _warper("temperature", temperature, "positive", lambda x: 0 < x < float("inf"), batch),
+        _warper("top_k", top_k, "0 (off) or more", lambda x: x >= 0, batch),
+        _warper("top_p", top_p, "in (0, 1]", lambda x: 0 < x <= 1, batch),
+        _warper("min_p", min_p, "in [0, 1]", lambda x: 0 <= x <= 1, batch),
+    )
+
+
 def _warper(name: str, value, expected: str, fits: Callable[[float], bool], batch: int):
     """A number, or a tensor [B] whose values are checked on a CPU; a tensor on a device is taken at
     its word.
@@ -270,6 +283,24 @@ def _check_rule(rule: str, drafting: str | None, draft_probs: torch.Tensor | Non
         )
     if draft_probs is None:
         raise ValueError(f"draft_probs must be given with rule {rule!r}; got None")
+
+
+def _check_noise(noise, positions, num_nodes, vocab_size: int) -> None:
+    """Noise at hand has a row for the depth of every node; depths are read on a CPU only."""
+    batch, capacity = positions.shape
+    check_tensor(
+        "noise", noise, (torch.float32,), "[B, D, V]", (batch, None, vocab_size), positions.device
+    )
+    if positions.device.type != "cpu":
+        return
+    places = positions.numpy()
+    depths = places - places[:, :1]
+    depths = depths[np.arange(capacity) < num_nodes.numpy()[:, None]]
+    if depths.size and not 0 <= depths.min() <= depths.max() < noise.shape[1]:
+        raise ValueError(
+            f"noise must hold positions up to that after the deepest node, D > {depths.max()}; "
+            f"got {list(noise.shape)} and depths from {depths.min()} on"
+        )
 
 
 def _check_verify(logits, tokens, parents, num_nodes) -> None:

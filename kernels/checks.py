@@ -19,36 +19,62 @@ MAX_NODES = 256
 MAX_CANDIDATES = 2048
 
 
-def runs_on_triton(device: torch.device, implementation: str) -> bool:
-    """Whether an op takes its Triton kernel.
+def triton_status(device: torch.device) -> tuple[bool, str]:
+    """Whether Triton kernels can run on a device, and a sentence saying why or why not.
 
-    "auto" takes it on a CUDA device with Triton installed and PyTorch elsewhere. "triton" insists
-    on it; on a CPU that needs ``TRITON_INTERPRET=1``, set before Triton is imported.
+    ``TRITON_INTERPRET=1``, set before Triton is imported, lets them run on a CPU, slowly, for
+    tests.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return False, "triton is not installed"
+    if device.type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return True, "TRITON_INTERPRET=1 runs the kernels on the CPU"
+        return False, "tensors are on the CPU and TRITON_INTERPRET=1 is not set"
+    if device.type != "cuda":
+        return False, f"no kernel for device type {device.type!r}"
+    if torch.version.hip is not None:
+        return False, "the kernels are written for NVIDIA GPUs and this torch is built for ROCm"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return False, f"compute capability {major}.{minor} is below 8.0"
+    return True, f"CUDA device of compute capability {major}.{minor}"
+
+
+def kernel_path(
+    device: torch.device, implementation: str, refusal: str | None = None
+) -> tuple[str, str]:
+    """The path an op takes on a device: ``("triton" or "torch", reason)``.
+
+    "auto" takes the kernel on a CUDA device that can run it and PyTorch elsewhere; a CPU runs a
+    kernel, in the interpreter, only where "triton" is asked for.
+
+    Args:
+        refusal: Why the kernel cannot take these arguments on any device; None where it can.
 
     Raises:
         ValueError: ``implementation`` is not "auto", "triton" or "torch".
         RuntimeError: "triton" where it cannot run; the message says why.
     """
-    if implementation == "torch" or (implementation == "auto" and device.type == "cpu"):
-        return False
-    if implementation not in ("auto", "triton"):
+    if implementation not in ("auto", "triton", "torch"):
         raise ValueError(
             f'implementation must be "auto", "triton" or "torch"; got {implementation!r}'
         )
-    reason = None
-    if importlib.util.find_spec("triton") is None:
-        reason = "triton is not installed"
-    elif device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        reason = "tensors are on the CPU and TRITON_INTERPRET=1 is not set"
-    elif device.type not in ("cpu", "cuda"):
-        reason = f"no kernel for device type {device.type!r}"
-    elif device.type == "cuda" and torch.version.hip is not None:
-        reason = "the kernels are written for NVIDIA GPUs and this torch is built for ROCm"
-    elif device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8:
-        reason = "compute capability is below 8.0"
-    if reason is not None and implementation == "triton":
+    if implementation == "torch":
+        return "torch", "asked for"
+    if implementation == "auto" and device.type == "cpu":
+        return "torch", "tensors are on the CPU"
+    runs, reason = triton_status(device)
+    if runs and refusal is not None:
+        runs, reason = False, refusal
+    if not runs and implementation == "triton":
         raise RuntimeError(f'implementation="triton" cannot run: {reason}')
-    return reason is None
+    return "triton" if runs else "torch", reason
+
+
+def runs_on_triton(device: torch.device, implementation: str) -> bool:
+    """Whether an op takes its Triton kernel; the rule and errors of ``kernel_path``."""
+    return kernel_path(device, implementation)[0] == "triton"
 
 
 def check_tensor(

@@ -11,8 +11,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
-_WEYL = (0x9E3779B9, 0xBB67AE85)
+_MULTIPLIERS = np.array([0xD2511F53, 0xCD9E8D57], np.uint64)
+_WEYL = np.array([0x9E3779B9, 0xBB67AE85], np.uint64)
 _LOW = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
 
@@ -38,16 +38,26 @@ def philox_words(counter, seed) -> list[np.ndarray]:
     Returns:
         Four uint64 arrays of the broadcast shape, each value below 2^32.
     """
-    c0, c1, c2, c3 = (np.asarray(word, np.uint64) for word in counter)
+    words = [np.asarray(word, np.uint64) for word in counter]
     seed = np.asarray(seed, np.uint64)
-    key0, key1 = seed & _LOW, seed >> _SHIFT
-    for round_index in range(10):
-        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        round_key0 = (key0 + np.uint64(round_index * _WEYL[0])) & _LOW
-        round_key1 = (key1 + np.uint64(round_index * _WEYL[1])) & _LOW
-        c0, c2 = (product1 >> _SHIFT) ^ (c1 ^ round_key0), (product0 >> _SHIFT) ^ (c3 ^ round_key1)
-        c1, c3 = product1 & _LOW, product0 & _LOW
-    return [c0, c1, c2, c3]
+    shape = np.broadcast_shapes(*(word.shape for word in words), seed.shape)
+    # Words 0 and 2 are multiplied, words 1 and 3 are not: two pairs take half as many operations.
+    multiplied, added, mixed = (np.empty((2, *shape), np.uint64) for _ in range(3))
+    multiplied[0], added[0], multiplied[1], added[1] = words
+    per_pair = (2, *(1,) * len(shape))
+    key = np.stack([seed & _LOW, seed >> _SHIFT])
+    key = key.reshape(2, *(1,) * (len(shape) - seed.ndim), *seed.shape)
+    multipliers, weyl = _MULTIPLIERS.reshape(per_pair), _WEYL.reshape(per_pair)
+    for _ in range(10):
+        multiplied *= multipliers
+        # Each pair takes the other's product.
+        np.right_shift(multiplied[::-1], _SHIFT, out=mixed)
+        mixed ^= added
+        mixed ^= key
+        np.bitwise_and(multiplied[::-1], _LOW, out=added)
+        multiplied, mixed = mixed, multiplied
+        key = (key + weyl) & _LOW
+    return [multiplied[0], added[0], multiplied[1], added[1]]
 
 
 def uniform(words: np.ndarray) -> np.ndarray:

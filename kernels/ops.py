@@ -8,46 +8,32 @@ docs/kernels/, its truth in ``reference``.
 
 from __future__ import annotations
 
-import importlib.util
-import os
-
 import torch
 
 from .acceptance_ops import gumbel_noise as gumbel_noise
 from .acceptance_ops import verify_greedy as verify_greedy
 from .acceptance_ops import verify_sampled as verify_sampled
-from .checks import ALL_FLOAT_DTYPES, FLOAT_DTYPES, INDEX_DTYPES, MAX_NODES, check_tensor
+from .checks import (
+    ALL_FLOAT_DTYPES,
+    FLOAT_DTYPES,
+    INDEX_DTYPES,
+    MAX_NODES,
+    check_tensor,
+    kernel_path,
+)
+from .checks import triton_status as triton_status
+from .drafting_ops import draft_children as draft_children
 from .tree_ops import ancestor_bits as ancestor_bits
 from .tree_ops import append_rotary as append_rotary
 from .tree_ops import compact_kv as compact_kv
 from .tree_ops import match_ngrams as match_ngrams
+from .tree_ops import merge_continuations as merge_continuations
 from .tree_ops import node_depths as node_depths
 from .tree_ops import select_best_nodes as select_best_nodes
 from .verdict import NodeSelection as NodeSelection
 from .verdict import Verdict as Verdict
 
 MAX_HEAD_DIM = 256
-
-
-def triton_status(device: torch.device) -> tuple[bool, str]:
-    """Whether Triton kernels can run on a device, and a sentence saying why or why not.
-
-    ``TRITON_INTERPRET=1`` in the environment lets them run on a CPU, slowly, for tests.
-    """
-    if importlib.util.find_spec("triton") is None:
-        return False, "triton is not installed"
-    if device.type == "cpu":
-        if os.environ.get("TRITON_INTERPRET") == "1":
-            return True, "TRITON_INTERPRET=1 runs the kernels on the CPU"
-        return False, "tensors are on the CPU and TRITON_INTERPRET=1 is not set"
-    if device.type != "cuda":
-        return False, f"no kernel for device type {device.type!r}"
-    if torch.version.hip is not None:
-        return False, "the kernels are written for NVIDIA GPUs and this torch is built for ROCm"
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
-        return False, f"compute capability {major}.{minor} is below 8.0"
-    return True, f"CUDA device of compute capability {major}.{minor}"
 
 
 def tree_attention_path(
@@ -59,28 +45,13 @@ def tree_attention_path(
         ValueError: ``implementation`` is not one of "auto", "triton", "torch".
         RuntimeError: ``implementation="triton"`` where the kernel cannot run; the message says why.
     """
-    if implementation not in ("auto", "triton", "torch"):
-        raise ValueError(
-            f'implementation must be "auto", "triton" or "torch"; got {implementation!r}'
-        )
-    if implementation == "torch":
-        return "torch", "asked for"
-    runs, reason = triton_status(q.device)
-    if runs and q.dtype not in FLOAT_DTYPES:
-        runs, reason = (
-            False,
-            f"the kernel takes float16, bfloat16 and float32, not {_dtype_name(q)}",
-        )
-    if runs and max(q.shape[-1], value_dim) > MAX_HEAD_DIM:
-        runs, reason = (
-            False,
-            f"head dimension {max(q.shape[-1], value_dim)} is above {MAX_HEAD_DIM}",
-        )
-    if runs:
-        return "triton", reason
-    if implementation == "triton":
-        raise RuntimeError(f'implementation="triton" cannot run: {reason}')
-    return "torch", reason
+    refusal = None
+    if q.dtype not in FLOAT_DTYPES:
+        dtype = str(q.dtype).removeprefix("torch.")
+        refusal = f"the kernel takes float16, bfloat16 and float32, not {dtype}"
+    elif max(q.shape[-1], value_dim) > MAX_HEAD_DIM:
+        refusal = f"head dimension {max(q.shape[-1], value_dim)} is above {MAX_HEAD_DIM}"
+    return kernel_path(q.device, implementation, refusal)
 
 
 def tree_attention(
@@ -123,8 +94,8 @@ def tree_attention(
         sinks: float ``[Hq]``, one further logit a head in the denominator only (gpt-oss).
         alibi_slopes: float ``[Hq]``; adds ``-slope * (query position - key position)`` after the
             softcap (ALiBi, arXiv 2108.12409, section 3); needs ``depths``.
-        implementation: "triton", "torch", or "auto" for Triton where it can run (see
-            ``tree_attention_path``).
+        implementation: "triton", "torch", or "auto" for Triton on a CUDA device that can run it
+            (see ``tree_attention_path``).
         check_lengths: Read ``prefix_lens`` to check it. On a GPU this waits for the device, so a
             loop that knows its lengths passes False; under graph capture lengths are never read.
             The kernel clamps them either way.
@@ -171,10 +142,6 @@ def tree_attention(
         sinks=sinks,
         alibi_slopes=alibi_slopes,
     )
-
-
-def _dtype_name(tensor: torch.Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _check_tree_attention(

@@ -11,10 +11,12 @@ import torch
 from .reference_acceptance import gumbel_noise as gumbel_noise
 from .reference_acceptance import verify_greedy as verify_greedy
 from .reference_acceptance import verify_sampled as verify_sampled
+from .reference_drafting import draft_children as draft_children
 from .reference_trees import ancestor_bits as ancestor_bits
 from .reference_trees import append_rotary as append_rotary
 from .reference_trees import compact_kv as compact_kv
 from .reference_trees import match_ngrams as match_ngrams
+from .reference_trees import merge_continuations as merge_continuations
 from .reference_trees import node_depths as node_depths
 from .reference_trees import select_best_nodes as select_best_nodes
 

@@ -119,7 +119,8 @@ def warped_probs(
     """
     if _argmax(logits) < 0:
         return None
-    probs = _normalised([math.exp((value - max(logits)) / temperature) for value in logits])
+    greatest = max(logits)
+    probs = _normalised([math.exp((value - greatest) / temperature) for value in logits])
     if top_k > 0:
         probs = _normalised(
             [prob if sum(other > prob for other in probs) < top_k else 0.0 for prob in probs]
@@ -132,7 +133,8 @@ def warped_probs(
             ]
         )
     if min_p > 0:
-        probs = _normalised([prob if prob >= min_p * max(probs) else 0.0 for prob in probs])
+        least = min_p * max(probs)
+        probs = _normalised([prob if prob >= least else 0.0 for prob in probs])
     return probs
 
 

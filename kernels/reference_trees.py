@@ -1,5 +1,6 @@
-"""Truth for the ops on trees, histories and cache rows: plain loops "
-"(re-exported by ``reference``)."""
+"""Truth for the ops on trees, histories and cache rows: plain loops (re-exported by
+``reference``).
+"""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
+from .drafting_rules import vote_of
 from .verdict import NodeSelection
 
 
@@ -100,6 +102,38 @@ def match_ngrams(
             following = history[end + 1 : end + 1 + length]
             continuations[b, slot, : len(following)] = torch.tensor(following)
     return continuations, match_length
+
+
+def merge_continuations(
+    continuations: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Put every beginning of a continuation into a dictionary; the first to be there owns the
+    node.
+    """
+    batch, num, length = continuations.shape
+    parents = torch.full((batch, num, length), -1)
+    fresh = torch.zeros(batch, num, length, dtype=torch.bool)
+    share = torch.zeros(batch, num, length)
+    for b in range(batch):
+        lines = [_known_part(line) for line in continuations[b].tolist()]
+        votes = [vote_of(m) for m in range(num)]
+        total = sum(vote for vote, line in zip(votes, lines) if line)
+        places: dict[tuple[int, ...], int] = {(): -1}
+        for m, line in enumerate(lines):
+            for step in range(len(line)):
+                beginning = line[: step + 1]
+                if beginning not in places:
+                    places[beginning] = m * length + step
+                    fresh[b, m, step] = True
+                    parents[b, m, step] = places[beginning[:-1]]
+                through = [v for v, other in zip(votes, lines) if other[: step + 1] == beginning]
+                share[b, m, step] = sum(through) / total
+    return parents, fresh, share
+
+
+def _known_part(line: list[int]) -> tuple[int, ...]:
+    """A continuation ends before its first -1."""
+    return tuple(line[: next((at for at, token in enumerate(line) if token < 0), len(line))])
 
 
 def compact_kv(

@@ -40,12 +40,21 @@ def noise_config(vocab_size: int) -> ScanConfig:
 
 
 def choice_config(num_rows: int, vocab_size: int) -> ScanConfig:
-    """The argmax of each of ``num_rows`` rows of logits; a tile of counters "
-    "reads four tokens each."""
+    """The argmax of each of ``num_rows`` rows of logits; a tile of counters reads four tokens
+    each.
+    """
     block = min(1024, next_power_of_two(max(vocab_size // 4, 256)))
     tiles = -(-vocab_size // (4 * block))
     num_splits = max(1, min(tiles, TARGET_PROGRAMS // max(num_rows, 1), 64))
     return ScanConfig(block=block, num_warps=4, num_splits=num_splits)
+
+
+def children_config(vocab_size: int) -> ScanConfig:
+    """The best tokens of a part of a row; a tile of counters reads four tokens each, and they stay
+    in registers while the best are taken out.
+    """
+    block = min(1024, next_power_of_two(max(vocab_size // 4, 256)))
+    return ScanConfig(block=block, num_warps=4)
 
 
 def row_config(vocab_size: int) -> ScanConfig:

@@ -27,6 +27,8 @@ from .warpers import Warpers, warped_scores
 
 # Up to this many numbers, one pass over all is quicker than the few rows a walk visits one by one.
 _SMALL = 2**18
+# Numbers of noise made at once.
+_NOISE_CHUNK = 2**17
 
 
 def verify_greedy(
@@ -61,6 +63,7 @@ def verify_sampled(
     warpers: Warpers,
     seed: int | torch.Tensor,
     rows: torch.Tensor,
+    noise: torch.Tensor | None,
 ) -> Verdict:
     """See ``ops.verify_sampled``."""
     read = _row_reader(logits.detach())
@@ -71,27 +74,36 @@ def verify_sampled(
         _host(seed) if isinstance(seed, torch.Tensor) else np.uint64(seed), batch
     )
 
-    def scores_of(b: Sequence[int], nodes: Sequence[int]) -> tuple[torch.Tensor, np.ndarray]:
-        """Warped scores [K, V], and which of them can be decided on."""
-        values = read(b, nodes)
-        fine = _finite_argmax(values) >= 0
-        return warped_scores(torch.from_numpy(values), warpers.rows(b)), fine
+    warps = any(warpers.active(name) for name in Warpers._fields)
 
-    def noise(b: Sequence[int], place: np.ndarray, stream) -> torch.Tensor:
-        return gumbel_of_words(token_words(seeds[b], place, row_keys[b], stream, vocab_size))
+    def scores_of(b: Sequence[int], nodes: Sequence[int]) -> np.ndarray:
+        """Warped scores [K, V]."""
+        values = read(b, nodes)
+        if not warps:
+            return values
+        return warped_scores(torch.from_numpy(values), warpers.rows(b)).numpy()
+
+    def made(b: Sequence[int], place: np.ndarray, stream) -> np.ndarray:
+        """Noise [K, V]."""
+        words = token_words(seeds[b], place, row_keys[b], stream, vocab_size)
+        return gumbel_of_words(words).numpy()
 
     if rule in ("coupled", "target_only"):
+        at_hand = None if noise is None else _row_reader(noise)
 
         def choose(b: Sequence[int], nodes: Sequence[int]) -> list[int]:
-            scores, fine = scores_of(b, nodes)
-            perturbed = scores + noise(b, places[b, nodes] + 1, SHARED_STREAM)
-            return np.where(fine, perturbed.numpy().argmax(1), -1).tolist()
+            here = places[b, nodes]
+            if at_hand is None:
+                shared = made(b, here + 1, SHARED_STREAM)
+            else:
+                shared = at_hand(b, here - places[b, 0])
+            return _finite_argmax(scores_of(b, nodes) + shared).tolist()
 
         return _follow(choose, tokens, parents, num_nodes)
 
     def target_probs(b: Sequence[int], nodes: Sequence[int]) -> np.ndarray:
-        scores, fine = scores_of(b, nodes)
-        return np.where(fine[:, None], scores.softmax(1).numpy(), np.nan)
+        # Of nothing but -inf, or with NaN or inf, all are NaN.
+        return torch.from_numpy(scores_of(b, nodes)).softmax(1).numpy()
 
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     streams = 4 * places[:, 0]
@@ -112,9 +124,9 @@ def verify_sampled(
     bonus_token = np.full(batch, -1)
     done = np.flatnonzero(outcome.decided)
     if done.size:
-        perturbed = torch.from_numpy(outcome.bonus_probs[done]).log()
-        perturbed += noise(done, outcome.last[done], streams[done] + RESIDUAL_STREAM)
-        bonus_token[done] = perturbed.numpy().argmax(1)
+        logprobs = torch.from_numpy(outcome.bonus_probs[done]).log().numpy()
+        logprobs += made(done, outcome.last[done], streams[done] + RESIDUAL_STREAM)
+        bonus_token[done] = logprobs.argmax(1)
     return _verdict(outcome.path, outcome.accept_length, bonus_token, tokens.device)
 
 
@@ -126,10 +138,25 @@ def gumbel_noise(
     stream: int | torch.Tensor,
 ) -> torch.Tensor:
     """See ``ops.gumbel_noise``."""
-    seeds = _host(seed)[:, None] if isinstance(seed, torch.Tensor) else seed
-    streams = _host(stream)[:, None] if isinstance(stream, torch.Tensor) else stream
-    words = token_words(seeds, _host(positions), _host(rows)[:, None], streams, vocab_size)
-    return gumbel_of_words(words).to(positions.device)
+    keys = [
+        np.broadcast_to(
+            _host(key)[:, None] if isinstance(key, torch.Tensor) else key, positions.shape
+        )
+        .astype(np.uint64)
+        .ravel()
+        for key in (seed, rows, stream)
+    ]
+    places = _host(positions).ravel()
+    noise = torch.empty(places.size, vocab_size)
+    # A few positions at a time stay in the cache, and in memory that is at hand.
+    step = max(1, _NOISE_CHUNK // vocab_size)
+    for start in range(0, places.size, step):
+        part = slice(start, start + step)
+        seeds, row_keys, streams = (key[part] for key in keys)
+        noise[part] = gumbel_of_words(
+            token_words(seeds, places[part], row_keys, streams, vocab_size)
+        )
+    return noise.view(*positions.shape, vocab_size).to(positions.device)
 
 
 def _host(values: torch.Tensor) -> np.ndarray:

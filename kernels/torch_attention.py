@@ -3,14 +3,43 @@ docs/kernels/tree_attention.md.
 
 The work is in two parts. ``tree_bias`` turns ancestor bits into an additive mask, and is the same
 for every layer of a forward, so an engine builds it once a round. ``biased_attention`` is one
-layer: the query heads of a group are laid beside each other as rows, so keys and values are read
-once for the whole group and never repeated.
+layer: keys and values are never repeated over the query heads of a group, and where it pays these
+heads are laid beside each other as rows, so that keys and values are read once for all of them.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+
+# PyTorch's CPU attention works through 32 rows of queries and 512 slots at a time.
+_CPU_BLOCK_ROWS = 32
+_CPU_BLOCK_SLOTS = 512
+
+
+def visible_bias(
+    visible: torch.Tensor, prefix_lens: list[int], num_slots: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Additive bias of nodes that see a whole prefix and some of the rows behind it.
+
+    Args:
+        visible: bool ``[B, N, M]``, which of the M rows behind the prefix a node sees.
+        prefix_lens: Committed rows of each sequence.
+        num_slots: Cache rows the bias covers, at least ``prefix_lens[b] + M`` for every b.
+        dtype: Result dtype.
+
+    Returns:
+        ``[B, 1, N, num_slots]``: 0 where a node looks, -inf elsewhere.
+    """
+    batch, num_nodes, num_rows = visible.shape
+    bias = torch.zeros(batch, 1, num_nodes, num_slots, dtype=dtype, device=visible.device)
+    # Only the columns past the prefix are written one by one.
+    for hidden, prefix, rows in zip(~visible, prefix_lens, bias[:, 0]):
+        end = prefix + num_rows
+        rows[:, prefix:end].masked_fill_(hidden, float("-inf"))
+        if end < num_slots:
+            rows[:, end:] = float("-inf")
+    return bias
 
 
 def tree_bias(
@@ -29,7 +58,7 @@ def tree_bias(
         ancestor_bits: int32 ``[B, N, ceil(N/32)]``; bit j of row i set: node j is an ancestor of
             node i, or i itself.
         prefix_lens: int32 or int64 ``[B]``, committed rows of each sequence; node i lies in slot
-            ``prefix_lens[b] + i``.
+            ``prefix_lens[b] + i``. Read on the host, except while a CUDA graph is captured.
         num_slots: Cache rows the bias covers, at least ``prefix_lens[b] + N`` for every b.
         dtype: Result dtype. float32 keeps ALiBi exact over long distances.
         sliding_window: Positions a node looks back over, itself included; needs ``depths``.
@@ -43,20 +72,12 @@ def tree_bias(
     """
     batch, num_nodes, _ = ancestor_bits.shape
     device = ancestor_bits.device
-    slots = torch.arange(num_slots, device=device)
-    prefix = prefix_lens.to(device=device, dtype=torch.long).view(batch, 1)
     shifts = torch.arange(32, device=device, dtype=torch.int32)
     ancestors = ((ancestor_bits.unsqueeze(-1) >> shifts) & 1).flatten(2)[..., :num_nodes].bool()
-    if sliding_window is None and alibi_slopes is None:
-        # Prefix columns are alike in every row, so only the columns of the tree are written one by
-        # one.
-        bias = torch.zeros(batch, 1, 1, num_slots, device=device, dtype=dtype)
-        bias.masked_fill_((slots >= prefix).view(batch, 1, 1, num_slots), float("-inf"))
-        bias = bias.expand(batch, 1, num_nodes, num_slots).contiguous()
-        tree = torch.zeros(batch, 1, num_nodes, num_nodes, device=device, dtype=dtype)
-        tree.masked_fill_(~ancestors.unsqueeze(1), float("-inf"))
-        columns = (prefix + torch.arange(num_nodes, device=device)).clamp_(max=num_slots - 1)
-        return bias.scatter_(3, columns.view(batch, 1, 1, num_nodes).expand_as(tree), tree)
+    if sliding_window is None and alibi_slopes is None and not _capturing(prefix_lens):
+        return visible_bias(ancestors, prefix_lens.tolist(), num_slots, dtype)
+    slots = torch.arange(num_slots, device=device)
+    prefix = prefix_lens.to(device=device, dtype=torch.long).view(batch, 1)
     # The node of a slot: negative inside the prefix, N or more past the tree.
     nodes = slots - prefix
     index = nodes.clamp(0, num_nodes - 1)
@@ -65,9 +86,10 @@ def tree_bias(
         2, index.unsqueeze(1).expand(batch, num_nodes, num_slots)
     ) & in_tree.unsqueeze(1)
     visible |= (nodes < 0).unsqueeze(1)
-    depths = depths.to(torch.long)
-    key_positions = torch.where(nodes < 0, slots, prefix + depths.gather(1, index))
-    distance = (prefix + depths).unsqueeze(2) - key_positions.unsqueeze(1)
+    if depths is not None:
+        depths = depths.to(torch.long)
+        key_positions = torch.where(nodes < 0, slots, prefix + depths.gather(1, index))
+        distance = (prefix + depths).unsqueeze(2) - key_positions.unsqueeze(1)
     if sliding_window is not None:
         visible &= distance < sliding_window
     hidden = ~visible.unsqueeze(1)
@@ -79,6 +101,30 @@ def tree_bias(
         1, -1, 1, 1
     ) * distance.unsqueeze(1)
     return bias.masked_fill(hidden, float("-inf")).to(dtype)
+
+
+def _capturing(tensor: torch.Tensor) -> bool:
+    """Whether a CUDA graph is being captured, so that no tensor's value can be read."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def packs_heads(q: torch.Tensor, kv_heads: int, num_slots: int) -> bool:
+    """Whether a layer is faster with the query heads of a group laid beside each other as rows.
+
+    On a CPU they fill blocks of rows that few nodes would leave half empty, which pays for the
+    copies once the cache is longer than a block of slots; elsewhere packing always saves reading
+    keys and values again.
+
+    Args:
+        q: ``[B, Hq, N, D]``.
+        kv_heads: Number of key and value heads Hkv.
+        num_slots: Cache rows in use.
+    """
+    if q.shape[1] == kv_heads:
+        return False
+    if q.device.type != "cpu":
+        return True
+    return 2 * q.shape[2] <= _CPU_BLOCK_ROWS and num_slots > _CPU_BLOCK_SLOTS
 
 
 def pack_bias(bias: torch.Tensor, q_heads: int, kv_heads: int) -> torch.Tensor:
@@ -114,16 +160,15 @@ def biased_attention(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """One layer of attention under an additive bias, grouped query heads sharing one read of keys
-    and values.
+    """One layer of attention under an additive bias; keys and values are not repeated over groups.
 
     Args:
         q: ``[B, Hq, N, D]``.
         k: ``[B, Hkv, S, D]``, cut to the slots of ``bias``. Rows hidden from every node must hold
             finite numbers.
         v: ``[B, Hkv, S, Dv]``, likewise.
-        bias: ``[B, 1 or Hq, N, S]`` from ``tree_bias``, or the result of ``pack_bias`` on it (saves
-            a copy a layer).
+        bias: ``[B, 1 or Hq, N, S]`` from ``tree_bias``, or the result of ``pack_bias`` on it, which
+            saves a copy a layer where ``packs_heads`` or a softcap or sinks ask for one.
         scale: Factor on the scores.
         softcap: Scores become ``softcap * tanh(score / softcap)`` before the bias.
         sinks: ``[Hq]``, one further logit a head that takes probability and gives no value.
@@ -134,10 +179,15 @@ def biased_attention(
     batch, q_heads, num_nodes, head_dim = q.shape
     kv_heads = k.shape[1]
     group = q_heads // kv_heads
+    plain = softcap is None and sinks is None
     if bias.shape[2] != group * num_nodes:
+        if plain and not packs_heads(q, kv_heads, k.shape[2]):
+            return F.scaled_dot_product_attention(
+                q, k, v, attn_mask=bias, scale=scale, enable_gqa=True
+            ).transpose(1, 2)
         bias = pack_bias(bias, q_heads, kv_heads)
     rows = q.reshape(batch, kv_heads, group * num_nodes, head_dim)
-    if softcap is None and sinks is None:
+    if plain:
         out = F.scaled_dot_product_attention(rows, k, v, attn_mask=bias, scale=scale)
     else:
         out = _explicit_attention(rows, k, v, bias, scale, softcap, sinks)
@@ -210,7 +260,7 @@ def tree_attention(
             q[rows], keys, values, bias, scale=scale, softcap=softcap, sinks=sinks
         )
 
-    if q.is_cuda and torch.cuda.is_current_stream_capturing():
+    if _capturing(q):
         return run(slice(None), k_cache.shape[2])
     lens = prefix_lens.tolist()
     if len(set(lens)) <= 1:

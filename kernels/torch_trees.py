@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from .drafting_rules import vote_of
 from .verdict import NodeSelection
 
 
@@ -65,38 +66,36 @@ def select_best_nodes(
     cum_logprobs: torch.Tensor, parents: torch.Tensor, max_nodes: int
 ) -> NodeSelection:
     """See ``ops.select_best_nodes``."""
-    scores = np.nan_to_num(
-        host_array(cum_logprobs.float()), nan=-np.inf, posinf=np.inf, neginf=-np.inf
-    )
-    parent_array = host_array(parents).astype(np.int64)
-    batch, candidates = scores.shape
+    parent_array = host_array(parents)
+    batch, candidates = parent_array.shape
     rows = np.arange(batch)[:, None]
+    # One spare candidate stands for "no parent": index -1 is the last.
+    worth = np.full((batch, candidates + 1), np.inf, np.float32)
+    worth[:, :candidates] = host_array(cum_logprobs.float())
+    worth[np.isnan(worth)] = -np.inf
+    above_of = np.full((batch, candidates + 1), -1)
+    above_of[:, :candidates] = parent_array
     # A node is worth no more than its least ancestor: then the best N always contain their
     # ancestors.
-    jump = parent_array
-    while (jump >= 0).any():
-        above = np.where(jump >= 0, scores[rows, jump], np.inf)
-        scores = np.minimum(scores, above)
-        jump = np.where(jump >= 0, jump[rows, jump], -1)
+    jump, above = above_of, worth[rows, above_of]
+    if (above < worth)[:, :candidates].any():
+        while (jump >= 0).any():
+            worth = np.minimum(worth, worth[rows, jump])
+            jump = jump[rows, jump]
     keep = min(max_nodes, candidates)
-    order = np.argsort(-scores, axis=1, kind="stable")[:, :keep]
-    order = np.sort(np.where(scores[rows, order] > -np.inf, order, candidates), axis=1)
+    order = np.argsort(-worth[:, :candidates], axis=1, kind="stable")[:, :keep]
+    order[worth[rows, order] == -np.inf] = candidates
+    order.sort(axis=1)
     chosen = order < candidates
-    nodes = np.full((batch, max_nodes), -1)
+    nodes, new_parents = np.full((2, batch, max_nodes), -1)
     nodes[:, :keep] = np.where(chosen, order, -1)
-    # The place of every candidate in the selection; the spare last column swallows the padding.
-    place = np.full((batch, candidates + 1), -1)
+    # The place of every candidate in the selection; the spare one has none.
+    place = np.empty((batch, candidates + 1), np.int64)
     place[rows, order] = np.arange(keep)
     place[:, candidates] = -1
-    selected_parents = np.full((batch, max_nodes), -1)
-    parent_of = np.where(
-        chosen, np.append(parent_array, np.full((batch, 1), -1), axis=1)[rows, order], -1
-    )
-    selected_parents[:, :keep] = np.where(parent_of >= 0, place[rows, parent_of], -1)
-    results = nodes, selected_parents, chosen.sum(axis=1)
-    return NodeSelection(
-        *(torch.from_numpy(np.ascontiguousarray(x)).to(parents.device) for x in results)
-    )
+    new_parents[:, :keep] = place[rows, above_of[rows, order]]
+    results = nodes, new_parents, chosen.sum(axis=1)
+    return NodeSelection(*(torch.from_numpy(x).to(parents.device) for x in results))
 
 
 def compact_kv(
@@ -142,40 +141,69 @@ def match_ngrams(
     length: int,
     min_ngram: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See ``ops.match_ngrams``."""
-    lengths = host_array(lens).astype(np.int64)
-    batch = lengths.shape[0]
-    capacity = max(int(lengths.max(initial=0)), 1)
-    history = host_array(tokens)[:, :capacity]
-    rows = np.arange(batch)[:, None]
-    ends = np.arange(capacity)
-    # matched[b, e]: how many tokens up to and including e equal the last ones of the history.
-    matched = np.zeros((batch, capacity), np.int64)
-    running = ends < (lengths - 1)[:, None]
-    for back in range(min(max_ngram, capacity)):
-        last = history[rows, np.maximum(lengths - 1 - back, 0)[:, None]]
-        same = np.zeros_like(running)
-        same[:, back:] = history[:, : capacity - back] == last
-        running = running & same
-        if not running.any():
+    """See ``ops.match_ngrams``; after the first comparison only places that match so far are
+    looked at.
+    """
+    token_array, lengths = host_array(tokens), lens.tolist()
+    continuations = np.full((len(lengths), num_matches, length), -1, np.int64)
+    match_length = np.zeros(len(lengths), np.int64)
+    for b, count in enumerate(lengths):
+        history = token_array[b, :count]
+        places, matched = _matching_places(history, max_ngram)
+        if places.size == 0 or matched[-1] < (min_ngram or 1):
+            continue
+        match_length[b] = matched[-1]
+        shortest = matched[-1] if min_ngram is None else min_ngram
+        for slot, place in enumerate(places[: -num_matches - 1 : -1]):
+            if matched[-1 - slot] < shortest:
+                break
+            following = history[place + 1 : place + 1 + length]
+            continuations[b, slot, : following.size] = following
+    device = tokens.device
+    return torch.from_numpy(continuations).to(device), torch.from_numpy(match_length).to(device)
+
+
+def _matching_places(history: np.ndarray, max_ngram: int) -> tuple[np.ndarray, np.ndarray]:
+    """Places before the last one whose token equals the last, and how many tokens up to each equal
+    the last ones; by that number and then by place, ascending.
+    """
+    last = history.size - 1
+    alive = np.flatnonzero(history[:-1] == history[-1]) if last > 0 else np.empty(0, np.int64)
+    # Those that match further and further; the ones left behind come before them.
+    groups: list[np.ndarray] = []
+    for back in range(1, max_ngram):
+        if alive.size == 0:
             break
-        matched += running
-    best = matched.max(axis=1)
-    shortest = np.maximum(best if min_ngram is None else min_ngram, 1)
-    ranks = np.where(matched >= np.reshape(shortest, (-1, 1)), matched * capacity + ends + 1, 0)
-    count = min(num_matches, capacity)
-    chosen = np.argpartition(-ranks, count - 1, axis=1)[:, :count]
-    chosen = np.take_along_axis(chosen, np.argsort(-ranks[rows, chosen], axis=1), axis=1)
-    found = ranks[rows, chosen] > 0
-    spots = chosen[:, :, None] + 1 + np.arange(length)
-    inside = found[:, :, None] & (spots < lengths[:, None, None])
-    continuations = np.full((batch, num_matches, length), -1, np.int64)
-    gathered = history[rows[:, :, None], np.minimum(spots, capacity - 1)]
-    continuations[:, :count] = np.where(inside, gathered, -1)
-    best = np.where(found[:, 0], best, 0)
-    return torch.from_numpy(continuations).to(tokens.device), torch.from_numpy(best).to(
-        tokens.device
-    )
+        # A place before the beginning would count from the end.
+        same = (history[alive - back] == history[last - back]) & (alive >= back)
+        groups.append(alive[~same])
+        alive = alive[same]
+    groups.append(alive)
+    matched = np.repeat(np.arange(1, len(groups) + 1), [group.size for group in groups])
+    return np.concatenate(groups), matched
+
+
+def merge_continuations(
+    continuations: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See ``ops.merge_continuations``."""
+    lines = host_array(continuations)
+    batch, num, length = lines.shape
+    # What follows a -1 is not known either.
+    known = np.logical_and.accumulate(lines >= 0, axis=2)
+    equal = (lines[:, :, None] == lines[:, None]) & known[:, None]
+    same = np.logical_and.accumulate(equal, axis=3)
+    # The first continuation that begins the same way owns the node.
+    first = same.argmax(2)
+    fresh = (first == np.arange(num)[:, None]) & known
+    parents = np.full((batch, num, length), -1)
+    place = first * length + np.arange(length)
+    parents[..., 1:] = np.where(fresh[..., 1:], place[..., :-1], -1)
+    votes = np.array([vote_of(m) for m in range(num)], np.float32)
+    total = np.maximum(known.any(2) @ votes, 1e-9)
+    share = (votes @ same) / total[:, None, None]
+    results = parents, fresh, share.astype(np.float32)
+    return tuple(torch.from_numpy(result).to(continuations.device) for result in results)
 
 
 def append_rotary(

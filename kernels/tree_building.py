@@ -1,5 +1,5 @@
-"""Trees on the device: ancestor bits and depths, and the best nodes closed under ancestors
-(docs/kernels/tree_building.md). One launch each.
+"""Trees on the device: ancestor bits and depths, the best nodes closed under ancestors, and
+continuations as a trie (docs/kernels/tree_building.md). One launch each.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .drafting_rules import VOTES
 from .round_tuning import next_power_of_two
 from .verdict import NodeSelection
 
@@ -100,6 +101,51 @@ def select_kernel(
     tl.store(counts_ptr + b, count.to(tl.int64))
 
 
+@triton.jit
+def _vote_of(index, FIRST: tl.constexpr, SECOND: tl.constexpr, THIRD: tl.constexpr,
+             FURTHER: tl.constexpr):  # fmt: skip
+    further = tl.where(index == 2, THIRD, FURTHER)
+    return tl.where(index == 0, FIRST, tl.where(index == 1, SECOND, further))
+
+
+@triton.jit
+def merge_kernel(
+    continuations_ptr, parents_ptr, fresh_ptr, share_ptr,
+    num, length,
+    VOTE_0: tl.constexpr, VOTE_1: tl.constexpr, VOTE_2: tl.constexpr, VOTE_3: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """The continuations of one row, a step at a time: ``same[m, j]`` says that m and j agree up to
+    here.
+    """
+    # 1. Before the first step all that exist agree.
+    b = tl.program_id(0)
+    row = b.to(tl.int64) * num * length
+    line, other = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_M)[None, :]
+    same = (line < num) & (other < num)
+    votes = _vote_of(other, VOTE_0, VOTE_1, VOTE_2, VOTE_3)
+    begun = tl.load(continuations_ptr + row + other * length, mask=other < num, other=-1) >= 0
+    # Where nothing is known the shares are 0 over this.
+    total = tl.maximum(tl.sum(tl.where(begun, votes, 0.0), 1, keep_dims=True), 1e-9)
+    first = line * 0
+
+    # 2. Step after step.
+    for step in range(length):
+        here = row + step
+        mine = tl.load(continuations_ptr + here + line * length, mask=line < num, other=-1)
+        theirs = tl.load(continuations_ptr + here + other * length, mask=other < num, other=-1)
+        same = same & (mine == theirs) & (mine >= 0)
+        before = first
+        first = tl.min(tl.where(same, other, BLOCK_M), 1, keep_dims=True)
+        owner = first == line
+        share = tl.sum(tl.where(same, votes, 0.0), 1, keep_dims=True)
+        parent = tl.where(owner & (step > 0), before * length + step - 1, -1)
+        place = here + line * length
+        tl.store(parents_ptr + place, parent.to(tl.int64), mask=line < num)
+        tl.store(fresh_ptr + place, owner.to(tl.int8), mask=line < num)
+        tl.store(share_ptr + place, tl.div_rn(share, total), mask=line < num)
+
+
 def launch_ancestor_bits(parents: torch.Tensor, num_nodes: torch.Tensor) -> torch.Tensor:
     """One launch, a program a node; arguments as in ``ops.ancestor_bits``."""
     batch, capacity = parents.shape
@@ -149,3 +195,24 @@ def launch_select_best_nodes(
             num_warps=1 if block <= 128 else 4 if block <= 512 else 8,
         )  # fmt: skip
     return selection
+
+
+def launch_merge_continuations(
+    continuations: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One launch, a program a row; arguments as in ``ops.merge_continuations``."""
+    batch, num, length = continuations.shape
+    device = continuations.device
+    parents = torch.empty(batch, num, length, dtype=torch.int64, device=device)
+    fresh = torch.empty(batch, num, length, dtype=torch.bool, device=device)
+    share = torch.empty(batch, num, length, dtype=torch.float32, device=device)
+    if parents.numel():
+        block = next_power_of_two(num)
+        merge_kernel[(batch,)](
+            continuations.contiguous(), parents, fresh.view(torch.int8), share,
+            num, length,
+            *VOTES,
+            BLOCK_M=block,
+            num_warps=1 if block <= 16 else 4,
+        )  # fmt: skip
+    return parents, fresh, share

@@ -1,12 +1,12 @@
-"""Public ops that build trees and move cache rows: signatures, checks and documentation (re-
-exported
-by ``ops``).
+"""Public ops that build trees and move cache rows: signatures, checks and documentation
+(re-exported by ``ops``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from . import torch_trees
@@ -20,6 +20,8 @@ from .checks import (
     runs_on_triton,
 )
 from .verdict import NodeSelection
+
+MAX_CONTINUATIONS = 64
 
 
 def ancestor_bits(
@@ -120,12 +122,13 @@ def select_best_nodes(
     if not isinstance(max_nodes, int) or not 1 <= max_nodes <= MAX_NODES:
         raise ValueError(f"max_nodes must be an int in 1..{MAX_NODES}; got {max_nodes!r}")
     if parents.device.type == "cpu":
-        wrong = (parents.numpy() >= torch.arange(candidates).numpy()) | (parents.numpy() < -1)
+        above = parents.numpy()
+        wrong = (above >= np.arange(candidates)) | (above < -1)
         if wrong.any():
             b, node = (int(x[0]) for x in wrong.nonzero())
             raise ValueError(
                 "parents must be -1 or name an earlier candidate; got "
-                f"{int(parents[b, node])} for candidate {node} of row {b}"
+                f"{int(above[b, node])} for candidate {node} of row {b}"
             )
     if runs_on_triton(parents.device, implementation):
         from .tree_building import launch_select_best_nodes
@@ -188,6 +191,42 @@ def match_ngrams(
 
         return launch_match_ngrams(tokens, lens, max_ngram, num_matches, length, min_ngram)
     return torch_trees.match_ngrams(tokens, lens, max_ngram, num_matches, length, min_ngram)
+
+
+def merge_continuations(
+    continuations: torch.Tensor, *, implementation: str = "auto"
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Continuations of one text as a trie: common beginnings become the same nodes.
+
+    Place ``m * L + l`` is token l of continuation m. A beginning belongs to the first continuation
+    that has it; the places of the others repeat it and hold no node. A continuation ends before its
+    first negative token. A continuation counts among several by its rank, 0.4, 0.25, 0.2, 0.15,
+    0.15 ..., the likelier first, as ``match_ngrams`` orders them.
+
+    Args:
+        continuations: int32 or int64 [B, M, L], M up to 64, -1 padded.
+        implementation: "auto", "triton" or "torch".
+
+    Returns:
+        ``(parents, fresh, share)``, all [B, M, L]: int64, the place of a node's parent, -1 where
+        the parent is the root or the place holds no node; bool, whether the place holds a node; and
+        float32, the weighted share of the row's continuations that go through the place, 0 past the
+        end of one.
+
+    Raises:
+        ValueError: the shape or dtype is wrong, or M lies outside 1..64.
+    """
+    check_tensor("continuations", continuations, INDEX_DTYPES, "[B, M, L]", (None, None, None))
+    if not 1 <= continuations.shape[1] <= MAX_CONTINUATIONS:
+        raise ValueError(
+            f"continuations must hold 1 to {MAX_CONTINUATIONS} of a row (dimension 1); "
+            f"got {continuations.shape[1]}"
+        )
+    if runs_on_triton(continuations.device, implementation):
+        from .tree_building import launch_merge_continuations
+
+        return launch_merge_continuations(continuations)
+    return torch_trees.merge_continuations(continuations)
 
 
 def compact_kv(

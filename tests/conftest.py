@@ -16,6 +16,14 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_tuning_files(tmp_path_factory):
+    """No test may see, or write, the tuning files of whoever runs it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TREESPEC_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(params=KINDS)
 def kind(request) -> str:
     return request.param

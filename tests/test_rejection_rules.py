@@ -21,9 +21,11 @@ from distributions import (
 )
 from lossless_checks import prompt_batch, speculator
 from tiny_models import tiny_pair
+from treespec.kernels import ops
 
 from treespec import AdaptiveTree, BestFirstTree, Chain, FixedTree, TreeSpeculator
-from treespec.sampling import CoupledNoise
+from treespec.auto import AutoPolicy
+from treespec.sampling import TokenPicker
 from treespec.tree import Growth, sibling_counts
 
 RULES = ("without_replacement", "traversal")
@@ -63,7 +65,9 @@ def tail(pair, rule, shape, warping=None, calls=CALLS) -> float:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("rule", RULES)
-def test_every_shape_keeps_the_distribution(pair, rule, shape):
+def test_every_shape_keeps_the_distribution(pair, rule, shape, monkeypatch):
+    # with so many rows drafts do not pay, and would not be asked
+    monkeypatch.setattr(AutoPolicy, "wants_draft", lambda self, lookup_scores: True)
     assert tail(pair, rule, shape) > FALSE_ALARM
 
 
@@ -71,6 +75,25 @@ def test_every_shape_keeps_the_distribution(pair, rule, shape):
 def test_every_warping_keeps_the_distribution(pair, warping):
     for rule in RULES if FULL else RULES[1:]:
         assert tail(pair, rule, "best_first", WARPINGS[warping]) > FALSE_ALARM
+
+
+def draw_with(monkeypatch, noise_of) -> None:
+    """Children drawn by other noise: `noise_of(picker, nodes, lens)` `[B, F or 1, V]`."""
+    sound = TokenPicker.draw
+
+    def draw(self, logits, parent_scores, counts, num_children, nodes, lens):
+        children = ops.draft_children
+
+        def other(*args, **kwargs):
+            if kwargs.get("drafting") == "sampled":
+                kwargs["noise"] = noise_of(self, nodes, lens)
+            return children(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ops, "draft_children", other)
+            return sound(self, logits, parent_scores, counts, num_children, nodes, lens)
+
+    monkeypatch.setattr(TokenPicker, "draw", draw)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -88,16 +111,11 @@ class TestFaultsAreSeen:
         assert tail(pair, rule, "best_first") < FALSE_ALARM
 
     def test_likeliest_siblings_instead_of_drawn_ones(self, pair, rule, monkeypatch):
-        monkeypatch.setattr(
-            CoupledNoise, "draft", lambda self, nodes, lens: torch.zeros(*nodes.shape, 4)
-        )
+        draw_with(monkeypatch, lambda self, nodes, lens: torch.zeros(*nodes.shape, 4))
         assert tail(pair, rule, "best_first") < FALSE_ALARM
 
     def test_siblings_drawn_by_the_targets_noise(self, pair, rule, monkeypatch):
-        def shared(self, nodes, lens):
-            return self.level(lens).expand(-1, nodes.shape[1], -1)
-
-        monkeypatch.setattr(CoupledNoise, "draft", shared)
+        draw_with(monkeypatch, lambda self, nodes, lens: self.noise.level(lens))
         assert tail(pair, rule, "chain") < FALSE_ALARM
 
     def test_siblings_left_out_after_the_draw(self, pair, rule, monkeypatch):
@@ -193,7 +211,7 @@ def test_sibling_counts_against_a_slow_count():
         parents[0, 2] = float("-inf")
         logprobs = torch.randn(2, 3, 7, generator=generator).mul(2).log_softmax(-1)
         limit = int(torch.randint(1, 9, (1,), generator=generator))
-        counts = sibling_counts(parents, logprobs, 4, limit)
+        counts = sibling_counts(parents, logprobs.topk(4).values, limit)
         for row in range(2):
             worths = []
             for node in range(3):

@@ -161,7 +161,7 @@ def test_a_chain_is_its_length_of_single_children():
     shape = Chain(length=6)
     assert (shape.depth, shape.max_nodes) == (6, 7)
     policy = make_policy(shape, with_model=True, with_lookup=False)
-    assert [policy.children(level, None) for level in range(6)] == [(1, None)] * 6
+    assert [policy.children(level) for level in range(6)] == [1] * 6
     assert [policy.frontier(level)[0] for level in range(1, 6)] == [1] * 5
 
 
@@ -171,14 +171,14 @@ def test_conventions_of_the_reference_experiment():
         FixedTree(depth=8, branching=2, first_branching=1), with_model=True, with_lookup=False
     )
     assert isinstance(policy, ShapePolicy) and policy.max_depth == 8
-    assert [policy.children(level, None)[0] for level in range(8)] == [1] + [2] * 7
+    assert [policy.children(level) for level in range(8)] == [1] + [2] * 7
     # levels 1, 2, 3, ... of a tree whose root has one child and every other node two
     assert [policy.frontier(level)[0] for level in range(1, 5)] == [1, 2, 4, 8]
     assert policy.frontier(3)[1] == pytest.approx(math.log(0.05))
 
     free = make_policy(FixedTree(depth=8, prune_threshold=0.0), with_model=True, with_lookup=False)
     assert free.frontier(3) == (8, -math.inf)
-    assert free.children(0, None)[0] == 2
+    assert free.children(0) == 2
 
 
 def test_no_level_expands_more_nodes_than_the_cap():

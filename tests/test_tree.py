@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from treespec.kernels import ops
 
 from treespec import AdaptiveTree, BestFirstTree, Chain, FixedTree
 from treespec.engine import Engine
@@ -24,7 +25,6 @@ from treespec.tree import (
     NODE_SIZES,
     Growth,
     ancestor_matrix,
-    merge_continuations,
     root_only,
     round_up_nodes,
 )
@@ -442,7 +442,9 @@ def test_levels_then_all_is_best_first_with_a_heap(max_nodes, depth, seed, sprea
 
 
 def test_merge_of_three_continuations_by_hand():
-    parents, fresh, share = merge_continuations(torch.tensor([[[5, 6, 7], [5, 6, 8], [4, -1, -1]]]))
+    parents, fresh, share = ops.merge_continuations(
+        torch.tensor([[[5, 6, 7], [5, 6, 8], [4, -1, -1]]])
+    )
     assert fresh[0].tolist() == [[True, True, True], [False, False, True], [True, False, False]]
     # place 1 * 3 + 2 hangs below place 0 * 3 + 1
     assert parents[0, 0].tolist() == [-1, 0, 1] and parents[0, 1, 2] == 1 and parents[0, 2, 0] == -1
@@ -538,8 +540,9 @@ def accepted(*lengths: int) -> Outcome:
 
 def test_breadth_by_confidence():
     probabilities = torch.tensor([[[0.95, 0.03, 0.02], [0.6, 0.3, 0.1], [0.39, 0.31, 0.3]]])
-    most, breadth = adaptive().children(2, probabilities.log())
-    assert most == 3 and breadth.tolist() == [[1, 2, 3]]
+    policy = adaptive()
+    assert policy.children(2) == 3
+    assert policy.breadth(probabilities.log()).tolist() == [[1, 2, 3]]
 
 
 def test_depth_by_path_probability():

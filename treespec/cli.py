@@ -1,7 +1,8 @@
-"""The `treespec` command: `demo`, `generate` and `info`.
+"""The `treespec` command: `demo`, `generate`, `tune`, `info` and `bench`.
 
-Answers go to stdout, progress and summaries to stderr. Exit codes: 0 done, 1 the demo found text
-that differs from the target's own, 2 a value or path that cannot be used, 130 interrupted.
+Answers go to stdout, progress and summaries to stderr. Exit codes: 0 done, 1 the demo or a
+benchmark found text that differs from the target's own, 2 a value or path that cannot be used, 130
+interrupted.
 """
 
 from __future__ import annotations
@@ -319,6 +320,79 @@ def run_demo(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def run_tune(arguments: argparse.Namespace) -> int:
+    """`treespec tune`: measures, prints, and keeps what `tree="auto"` starts from."""
+    _, device = _load_torch(arguments)
+    with console.progress("loading models"):
+        from treespec import TreeSpeculator, tuner
+
+        target, draft, tokenizer = _load_pair(arguments, device)
+        if draft is None:
+            raise UsageError("--draft: none leaves nothing to tune; give a model or ngram")
+        spec = TreeSpeculator(target, draft, tokenizer=tokenizer)
+    key = tuner.make_key(spec._target, spec._model)
+    steps = len(arguments.batch_sizes) * len(tuner.shapes(spec))
+    with console.progress("measuring", total=steps) as advance:
+        costs = {
+            rows: tuner.measure(spec, rows, lambda name: advance(1, name))
+            for rows in arguments.batch_sizes
+        }
+    checked = []
+    if arguments.check:
+        with console.progress("checking"):
+            checked = [
+                (rows, *found) for rows in costs for found in tuner.check(spec, costs[rows], rows)
+            ]
+    try:
+        path = tuner.save(key, costs)
+    except tuner.TuningError as error:
+        raise UsageError(f"{error}; {tuner.CACHE_VARIABLE} names another directory") from None
+    if arguments.json:
+        report = {
+            "path": str(path),
+            "device": key.device,
+            "costs": {rows: vars(known) for rows, known in costs.items()},
+            "check": [
+                {"rows": rows, "shape": str(shape), "predicted_ms": predicted, "measured_ms": ms}
+                for rows, shape, predicted, ms in checked
+            ],
+        }
+        print(json.dumps(report))
+        return 0
+    _print_costs(costs, checked)
+    print(f"kept for {key.device} in {path}")
+    return 0
+
+
+def _print_costs(costs, checked) -> None:
+    rows = []
+    for batch, known in costs.items():
+        parts = {f"verification, {size} nodes": ms for size, ms in known.verify_ms.items()}
+        if known.level_ms:
+            parts["draft, first level"] = known.root_ms
+            widths = known.level_ms.items()
+            parts.update({f"draft, level of {width}": ms for width, ms in widths})
+        if known.lookup_ms:
+            parts["lookup"] = known.lookup_ms
+        parts["everything else"] = known.overhead_ms
+        parts["plain round"] = known.plain_ms
+        rows += [(name, str(batch), f"{ms:.2f}") for name, ms in parts.items()]
+    console.print_table("milliseconds", ("part of a round", "sequences", "ms"), rows)
+    if checked:
+        found = [
+            (
+                str(shape),
+                str(batch),
+                f"{predicted:.2f}",
+                f"{measured:.2f}",
+                f"{predicted / measured - 1:+.0%}",
+            )
+            for batch, shape, predicted, measured in checked
+        ]
+        columns = ("round", "sequences", "predicted ms", "measured ms", "off by")
+        console.print_table("check", columns, found)
+
+
 def run_info(arguments: argparse.Namespace) -> int:
     """`treespec info`."""
     from treespec import environment
@@ -351,6 +425,15 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number above 0; got {text!r}")
     return value
+
+
+def _batch_sizes(text: str) -> list[int]:
+    """Powers of two: costs of other sizes are taken from the next one."""
+    sizes = sorted({_positive(item) for item in text.split(",")})
+    odd = [size for size in sizes if size & (size - 1)]
+    if odd:
+        raise argparse.ArgumentTypeError(f"must be powers of two, as in 1,4,16; got {text!r}")
+    return sizes
 
 
 class _Parser(argparse.ArgumentParser):
@@ -475,6 +558,44 @@ def build_parser() -> argparse.ArgumentParser:
     )
     info.add_argument("--json", action="store_true", help="print one JSON object")
     info.set_defaults(run=run_info)
+
+    tune = commands.add_parser(
+        "tune",
+        parents=[machine],
+        help="measure what a pair costs on this device, for tree=auto",
+        description="Times verifications by number of nodes, draft levels, lookups and plain "
+        "rounds of a pair on this device, and keeps them in a small file, which tree=auto reads "
+        "from then on. The file is for this pair, dtype, device, number of threads and these "
+        "versions; anywhere else it is ignored. TREESPEC_CACHE_DIR names its directory.",
+    )
+    tune.add_argument(
+        "--model", default="demo", help="directory, hub name, or demo, the bundled target (default)"
+    )
+    tune.add_argument(
+        "--draft",
+        action="append",
+        metavar="DRAFT",
+        help="directory, hub name, demo or ngram (default: demo for the bundled target, else "
+        "ngram)",
+    )
+    tune.add_argument(
+        "--batch-sizes",
+        type=_batch_sizes,
+        default=[1],
+        metavar="B,...",
+        help="sequences at a time, as in 1,4,16 (default: 1)",
+    )
+    tune.add_argument(
+        "--check", action="store_true", help="hold predicted against measured times of rounds"
+    )
+    tune.add_argument("--json", action="store_true", help="print one JSON object")
+    tune.set_defaults(run=run_tune)
+
+    from treespec import whatif
+    from treespec.bench import command as bench
+
+    benchmarks = bench.add_parser(commands, machine, _positive, _Parser)
+    whatif.add_whatif_parser(benchmarks)
     return parser
 
 

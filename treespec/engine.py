@@ -19,7 +19,7 @@ from treespec.policy import Outcome, Policy
 from treespec.sampling import TokenPicker
 from treespec.sources.base import DraftSource, OneShotSource, Sequences, StepwiseSource
 from treespec.stats import RowStats, SpeculationStats
-from treespec.tree import Growth, Tree, root_only, round_up_nodes
+from treespec.tree import Growth, Tree, root_only, round_up_nodes, sibling_counts
 
 
 @dataclass
@@ -82,6 +82,7 @@ class Engine:
         self.sources = [*self.lookups, *self.drafts]
         self.policy = policy
         self.stats = SpeculationStats()
+        self._request: Request | None = None
 
     def run(self, request: Request) -> Iterator[list[tuple[int, list[int]]]]:
         """Generates; after every round yields `(row index, new tokens)` of the rows that took part.
@@ -136,7 +137,7 @@ class Engine:
         self._lens = [len(prompt) for prompt in request.prompts]
         widest = round_up_nodes(self.policy.max_nodes, self.policy.node_sizes)
         slack = widest + (PREFILL_CHUNK if batch > 1 else 0)
-        self.policy.begin()
+        self.policy.begin(longest)
         self.target.begin()
         self.target.allocate(batch, _round_up(capacity + slack, 256))
         self.target.ingest(self._tokens, [length - 1 for length in self._lens])
@@ -149,7 +150,7 @@ class Engine:
     def _rounds_ahead(self) -> float | None:
         """About how many rounds are still to come, from those so far; None while warming up."""
         request, rounds = self._request, self.stats.rounds
-        if request.warming:
+        if request is None or request.warming:
             return None
         left = request.max_new_tokens - min(len(row.new_tokens) for row in self._active)
         if not self.sources:
@@ -212,20 +213,21 @@ class Engine:
         depth = min(self.policy.max_depth, budget - 1)
         if depth <= 0 or not self.sources:
             return root_only(roots), None, 0
-        growth = Growth(roots)
+        growth = Growth(roots, picker.implementation)
         match_lengths = self._add_lookups(growth, sequences, depth)
         levels = 0
         if self.drafts and self.policy.wants_draft(growth.lookup_scores()):
             levels = self._grow_levels(growth, sequences, picker, depth)
-        # drawn siblings are all verified: leaving some out by what they are would bias the rest
         if growth.count == 1:
             return root_only(roots), match_lengths, 0
+        # drawn siblings are all verified: leaving some out by what they are would bias the rest
         count = (
             growth.count
             if picker.rejects
             else self.policy.nodes_to_verify(growth.all_scores())
         )
-        return growth.select(count, depth, self.policy.node_sizes), match_lengths, levels
+        tree = growth.select(count, depth, self.policy.node_sizes)
+        return tree, match_lengths, levels
 
     def _add_lookups(self, growth: Growth, sequences: Sequences, depth: int) -> list[int] | None:
         if not self.lookups or not self.policy.wants_lookup():
@@ -248,14 +250,12 @@ class Engine:
         sharpness = self.policy.sharpness(picker)
         room = self.policy.node_budget() - 1
         for level in range(depth):
-            logprobs = picker.rank(logits, [length + level for length in self._lens], sharpness)
-            num_children, breadth = self.policy.children(level, logprobs)
             if picker.rejects:
                 # fewer from level to level, and every level some
                 limit = max(1, 2 * room // (depth - level + 1))
-                room -= self._draw(growth, picker, logprobs, num_children, breadth, limit)
+                room -= self._draw(growth, picker, logits, level, limit)
             else:
-                growth.expand(logprobs, num_children, breadth)
+                self._rank(growth, picker, logits, level, sharpness)
             if level + 1 == depth or room <= 0:
                 break
             scores = growth.choose_frontier(level + 1, *self.policy.frontier(level + 1))
@@ -266,21 +266,36 @@ class Engine:
             offset += tokens.shape[1]
         return level + 1
 
-    def _draw(
+    def _rank(
         self,
         growth: Growth,
         picker: TokenPicker,
-        logprobs: torch.Tensor,
-        num_children: int,
-        breadth: torch.Tensor | None,
-        limit: int,
+        logits: torch.Tensor,
+        level: int,
+        sharpness: float,
+    ) -> None:
+        """Gives the frontier its likeliest children."""
+        parents, count = growth.frontier_scores, self.policy.children(level)
+        positions = [length + level for length in self._lens]
+        tokens, scores = picker.children(logits, parents, count, positions, sharpness)
+        breadth = self.policy.breadth(scores - parents.unsqueeze(2))
+        if breadth is not None:
+            order = torch.arange(count, device=scores.device)
+            scores = scores.masked_fill(order >= breadth.unsqueeze(2), float("-inf"))
+        growth.expand(tokens, scores)
+
+    def _draw(
+        self, growth: Growth, picker: TokenPicker, logits: torch.Tensor, level: int, limit: int
     ) -> int:
-        """Draws the children of a level, `limit` at most; returns how many places they take."""
-        counts = growth.sibling_counts(logprobs, num_children, limit)
+        """Gives the frontier drawn children, `limit` at most; returns how many places they take."""
+        parents, count = growth.frontier_scores, self.policy.children(level)
+        likeliest = picker.likeliest(logits, parents, count)
+        counts = sibling_counts(parents, likeliest, limit)
+        breadth = self.policy.breadth(likeliest)
         if breadth is not None:
             counts = torch.minimum(counts, breadth)
-        growth.draw(logprobs, picker.noise.draft(growth.frontier, self._lens), num_children, counts)
-        return min(limit, logprobs.shape[1] * num_children)
+        growth.expand(*picker.draw(logits, parents, counts, count, growth.frontier, self._lens))
+        return min(limit, parents.shape[1] * count)
 
     def _verify(self, tree: Tree) -> tuple[Tree, torch.Tensor]:
         """The tree and its logits; of the roots alone if some node turned NaN, which would reach

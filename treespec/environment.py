@@ -40,7 +40,7 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             for line in file:
@@ -58,7 +58,7 @@ def devices() -> list[dict]:
     capability = torch.backends.cpu.get_cpu_capability()
     cpu = {
         "device": "cpu",
-        "name": _cpu_name(),
+        "name": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }

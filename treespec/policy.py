@@ -69,8 +69,8 @@ class Policy:
         first = [LOOKUP_PRIOR[min(length, len(LOOKUP_PRIOR) - 1)] for length in match_lengths]
         return first, [max(chance, LOOKUP_LATER) for chance in first]
 
-    def begin(self) -> None:
-        """A new batch of texts begins."""
+    def begin(self, longest: int) -> None:
+        """A new batch of texts begins, whose longest prompt has so many tokens."""
 
     def wants_lookup(self) -> bool:
         return self.lookup_length > 0
@@ -88,10 +88,14 @@ class Policy:
         lookups proposed."""
         return self.max_depth > 0
 
-    def children(self, depth: int, logprobs: torch.Tensor) -> tuple[int, torch.Tensor | None]:
-        """Children of every node of the frontier at `depth`: how many at most, and `[B, F]` of each
-        or None."""
+    def children(self, depth: int) -> int:
+        """Most children of a node at `depth`."""
         raise NotImplementedError
+
+    def breadth(self, logprobs: torch.Tensor) -> torch.Tensor | None:
+        """Children of every node, int64 `[B, F]`, given the log-probabilities `[B, F, K]` of the
+        likeliest ones; None for as many as there may be."""
+        return None
 
     def frontier(self, depth: int) -> tuple[int, float]:
         """Most nodes to expand at `depth`, and the cumulative log-probability below which none
@@ -148,16 +152,14 @@ class ShapePolicy(Policy):
             return GREEDY_SHARPNESS
         return super().sharpness(picker)
 
-    def children(self, depth, logprobs):
+    def children(self, depth):
         shape = self.shape
         if isinstance(shape, Chain):
-            return 1, None
+            return 1
         if isinstance(shape, FixedTree):
-            return (
-                shape.first_branching or shape.branching
-            ) if depth == 0 else shape.branching, None
+            return (shape.first_branching or shape.branching) if depth == 0 else shape.branching
         assert isinstance(shape, BestFirstTree)
-        return shape.width, None
+        return shape.width
 
     def frontier(self, depth):
         shape = self.shape
@@ -185,13 +187,17 @@ class AdaptivePolicy(ShapePolicy):
         self._history: deque[float] = deque(maxlen=shape.window)
         super().__init__(shape, with_model, with_lookup)
 
-    def children(self, depth, logprobs):
+    def children(self, depth):
+        return self.shape.max_branching
+
+    def breadth(self, logprobs):
         shape = self.shape
-        confidence = logprobs.amax(-1).exp()
-        breadth = torch.full(confidence.shape, shape.branching, device=confidence.device)
+        confidence = logprobs[..., 0].exp()
+        breadth = torch.full(
+            confidence.shape, shape.branching, dtype=torch.long, device=confidence.device
+        )
         breadth.masked_fill_(confidence > shape.high_confidence, 1)
-        breadth.masked_fill_(confidence < shape.low_confidence, shape.max_branching)
-        return shape.max_branching, breadth
+        return breadth.masked_fill_(confidence < shape.low_confidence, shape.max_branching)
 
     def frontier(self, depth):
         shape = self.shape

@@ -12,26 +12,20 @@ from __future__ import annotations
 import copy
 
 import torch
+import torch.nn.functional as F
 from transformers import LogitsProcessor, LogitsProcessorList
-from transformers.generation import logits_process
+from transformers.generation import SuppressTokensLogitsProcessor, TopPLogitsWarper
 
 from treespec.kernels import ops
+from treespec.kernels.warpers import Warpers, warped_scores
 from treespec.tree import Tree
 
 RULES = ("coupled", "target_only", "without_replacement", "traversal")
 # Rules that need siblings drawn from the draft, by numbers the target does not share.
 REJECTION_RULES = ("without_replacement", "traversal")
 
-# Processors that look at one row of scores alone, and cost a draft no sort of the vocabulary.
-_DRAFT_PROCESSORS = tuple(
-    getattr(logits_process, name)
-    for name in (
-        "TemperatureLogitsWarper",
-        "TopKLogitsWarper",
-        "MinPLogitsWarper",
-        "SuppressTokensLogitsProcessor",
-    )
-)
+# Of the others, a draft minds the one that forbids tokens.
+_DRAFT_PROCESSOR = SuppressTokensLogitsProcessor
 # Processors that the acceptance ops apply themselves, in transformers' order: attribute, argument.
 _WARPERS = {
     "TemperatureLogitsWarper": "temperature",
@@ -39,8 +33,6 @@ _WARPERS = {
     "TopPLogitsWarper": "top_p",
     "MinPLogitsWarper": "min_p",
 }
-# Stream of the numbers that draw siblings; see `ops.verify_sampled`.
-_DRAFT_STREAM = 1
 # What processors of transformers hold of every row of a batch.
 _ROW_STATE = ("prompt_ignore_length", "encoder_input_ids", "generated_ngrams")
 _NOISE_BLOCK = 32
@@ -87,15 +79,6 @@ class CoupledNoise:
                 for row, position in enumerate(positions)
             ]
         )
-
-    def draft(self, nodes: torch.Tensor, lens: list[int]) -> torch.Tensor:
-        """Float32 `[B, F, V]` that draws the children of `nodes` `[B, F]` this round; the target
-        never sees it."""
-        device = nodes.device
-        rows = torch.tensor(self.row_ids, device=device)
-        # two words of the stream are the rejection's own; the root's position tells rounds apart
-        stream = 4 * (torch.tensor(lens, device=device) - 1) + _DRAFT_STREAM
-        return ops.gumbel_noise(self.seed, rows, nodes, self.vocab_size, stream=stream)
 
     def level(self, positions: list[int]) -> torch.Tensor:
         """Float32 `[B, 1, V]`, one position a row."""
@@ -187,7 +170,13 @@ class TokenPicker:
         self.rule = rule
         self.vocab_size = vocab_size
         self.noise = CoupledNoise(seed, row_ids, vocab_size, device) if do_sample else None
-        self._draft_processors = [p for p in processors if type(p) in _DRAFT_PROCESSORS]
+        self._draft_processors = [p for p in processors if isinstance(p, _DRAFT_PROCESSOR)]
+        # no sort of the vocabulary for a guess
+        self._draft_warpers = {
+            _WARPERS[type(p).__name__]: getattr(p, _WARPERS[type(p).__name__])
+            for p in processors
+            if type(p).__name__ in _WARPERS and not isinstance(p, TopPLogitsWarper)
+        }
 
     def pick(
         self, ids: torch.Tensor, logits: torch.Tensor, row: int, position: int
@@ -275,33 +264,114 @@ class TokenPicker:
         """Whether a draft sees the noise that decides the target's pick."""
         return self.noise is not None and self.rule == "coupled"
 
-    def rank(
-        self, logits: torch.Tensor, positions: list[int], sharpness: float = 1.0
+    def likeliest(
+        self, logits: torch.Tensor, parent_scores: torch.Tensor, num_children: int
     ) -> torch.Tensor:
-        """A draft's log-probabilities that a token is the one the target will pick.
+        """Log-probabilities `[B, F, K]` of a draft's likeliest tokens after nodes of cumulative
+        log-probabilities `parent_scores` `[B, F]`, noise aside."""
+        scores = ops.draft_children(
+            self._processed(logits),
+            parent_scores,
+            num_children,
+            implementation=self.implementation,
+            **self._draft_warpers,
+        )[1]
+        return scores - parent_scores.unsqueeze(2)
+
+    def children(
+        self,
+        logits: torch.Tensor,
+        parent_scores: torch.Tensor,
+        num_children: int,
+        positions: list[int],
+        sharpness: float = 1.0,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens a draft finds likeliest to be the ones the target will pick.
 
         Args:
             logits: `[B, F, V]` of the draft.
-            positions: unpadded position of the tokens to rank, one a row (a level has one
-                position).
+            parent_scores: float32 `[B, F]` cumulative log-probabilities of the nodes they follow.
+            num_children: K.
+            positions: unpadded position of the tokens, one a row (a level has one position).
             sharpness: factor on the scores: a pick is more certain than a draw
                 (docs/design/003-auto.md).
 
         Returns:
-            float32 `[B, F, V]`.
+            tokens: int64 `[B, F, K]`, -1 where there is no child.
+            scores: float32 `[B, F, K]` cumulative log-probabilities, -inf where there is no child.
         """
-        # a draft's vocabulary may be padded further than the target's
-        scores = logits[..., : self.vocab_size].float()
-        if self._draft_processors:
-            flat = scores.flatten(0, 1)
-            for processor in self._draft_processors:
-                flat = processor(None, flat)
-            scores = flat.view_as(scores)
+        logits = self._processed(logits)
+        known: dict = {}
         if self.knows_pick:
-            scores = scores + self.noise.level(positions)[..., : scores.shape[-1]]
-        if sharpness != 1.0:
-            scores = scores * sharpness
-        return torch.log_softmax(scores, dim=-1)
+            places = torch.tensor(positions, device=logits.device).unsqueeze(1)
+            known = self._keys(logits)
+            known |= {"drafting": "coupled", "positions": places.expand(-1, logits.shape[1])}
+            if self.implementation == "torch":
+                known["noise"] = self.noise.level(positions)[..., : logits.shape[2]]
+        return ops.draft_children(
+            logits,
+            parent_scores,
+            num_children,
+            sharpness=sharpness,
+            implementation=self.implementation,
+            **self._draft_warpers,
+            **known,
+        )
+
+    def draw(
+        self,
+        logits: torch.Tensor,
+        parent_scores: torch.Tensor,
+        counts: torch.Tensor,
+        num_children: int,
+        nodes: torch.Tensor,
+        lens: list[int],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Children drawn from a draft without replacement, in the order drawn.
+
+        Args:
+            logits: `[B, F, V]` of the draft.
+            parent_scores: float32 `[B, F]`.
+            counts: int64 `[B, F]` children of each node, at most `num_children`.
+            num_children: K.
+            nodes: int64 `[B, F]`, numbers of the nodes, each used once a round.
+            lens: committed tokens of every row; they tell rounds apart.
+
+        Returns:
+            tokens and scores as of `children`, and float32 `[B, F, V]` what was drawn from.
+        """
+        logits = self._processed(logits)
+        roots = torch.tensor(lens, device=logits.device) - 1
+        tokens, scores = ops.draft_children(
+            logits,
+            parent_scores,
+            num_children,
+            drafting="sampled",
+            breadth=counts,
+            nodes=nodes,
+            root_positions=roots,
+            implementation=self.implementation,
+            **self._keys(logits),
+            **self._draft_warpers,
+        )
+        flat = warped_scores(logits.float().flatten(0, 1), Warpers(**self._draft_warpers))
+        probs = flat.softmax(-1).view_as(logits)
+        return tokens, scores, F.pad(probs, (0, self.vocab_size - probs.shape[2]))
+
+    def _processed(self, logits: torch.Tensor) -> torch.Tensor:
+        """A draft's logits `[B, F, V]` without tokens that the target does not have or may not
+        pick."""
+        # a draft's vocabulary may be padded further than the target's
+        logits = logits[..., : self.vocab_size]
+        for processor in self._draft_processors:
+            flat = logits.to(torch.float32, copy=True).flatten(0, 1)
+            logits = processor(None, flat).view_as(logits)
+        return logits
+
+    def _keys(self, logits: torch.Tensor) -> dict:
+        """What the noise is keyed on, as arguments of `ops.draft_children`."""
+        rows = torch.tensor(self.noise.row_ids, device=logits.device)
+        return {"seed": self.noise.seed, "rows": rows}
 
     def drop_row(self, row: int) -> None:
         self._processors[row] = self._processors[-1]

@@ -13,6 +13,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from treespec.kernels import ops
+from treespec.kernels.checks import MAX_CANDIDATES
+from treespec.shapes import MAX_NODES
+
 _EMPTY = float("-inf")
 _POOL = 512
 
@@ -98,60 +102,24 @@ def pack_bits(visible: torch.Tensor) -> torch.Tensor:
     return torch.where(packed >= 1 << 31, packed - (1 << 32), packed).to(torch.int32)
 
 
-# How much an occurrence counts among several, the likelier first.
-_VOTES = (0.4, 0.25, 0.2, 0.15)
-
-
-def merge_continuations(
-    continuations: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Shares common beginnings of continuations, making them a trie.
-
-    Args:
-        continuations: int64 `[B, M, L]`, -1 padded.
-
-    Returns:
-        parents: int64 `[B, M, L]`; place `m * L + l` of the parent, -1 where the parent is the
-            root.
-        fresh: bool `[B, M, L]`; whether the place holds a node of its own.
-        share: float32 `[B, M, L]`; the weighted share of continuations that go through the place.
-    """
-    batch, num, length = continuations.shape
-    device = continuations.device
-    known = continuations >= 0
-    same = (
-        (continuations.unsqueeze(2) == continuations.unsqueeze(1)) & known.unsqueeze(1)
-    ).cumprod(-1)
-    first = same.argmax(2)  # the first continuation that begins the same way
-    order = torch.arange(num, device=device).view(1, num, 1)
-    fresh = (first == order) & known
-    place = first * length + torch.arange(length, device=device)
-    parents = torch.cat([torch.full((batch, num, 1), -1, device=device), place[..., :-1]], dim=2)
-    votes = torch.tensor([_VOTES[min(k, len(_VOTES) - 1)] for k in range(num)], device=device)
-    total = (votes * known[..., 0]).sum(1).clamp_min_(1e-9)
-    share = (same * votes.view(-1, 1)).sum(2) / total.view(batch, 1, 1)
-    return parents, fresh, share
-
-
 def sibling_counts(
-    parent_scores: torch.Tensor, logprobs: torch.Tensor, num_children: int, limit: int
+    parent_scores: torch.Tensor, logprobs: torch.Tensor, limit: int
 ) -> torch.Tensor:
     """How many children to draw for each node of a level, decided before any is drawn.
 
     The j-th sibling is worth the parent's probability times what the j - 1 likeliest tokens leave;
     the `limit` worthiest of the level are drawn. Nothing that was drawn on this level enters, so
-    every draw keeps its distribution (docs/kernels/verify_sampled.md).
+    every draw keeps its distribution (docs/design/006-drawn-siblings.md).
 
     Args:
         parent_scores: float32 `[B, F]` cumulative log-probabilities.
-        logprobs: float32 `[B, F, V]`.
-        num_children: most children of a node, K.
+        logprobs: float32 `[B, F, K]` of each node's likeliest tokens, in their order.
         limit: most of the level.
 
     Returns:
         int64 `[B, F]`.
     """
-    likeliest = logprobs.topk(min(num_children, logprobs.shape[2]), dim=2).values.exp()
+    likeliest = logprobs.exp()
     left = (1 - (likeliest.cumsum(2) - likeliest)).clamp_min_(1e-9)
     worth = (parent_scores.unsqueeze(2) + left.log_()).nan_to_num_(nan=_EMPTY)
     flat = worth.flatten(1)
@@ -165,10 +133,17 @@ class Growth:
 
     Args:
         root_tokens: int64 `[B]`, the last committed token of every row.
+        implementation: of the ops: "auto", "triton" or "torch".
+
+    Attributes:
+        frontier: int64 `[B, F]`, the nodes whose children come next.
+        frontier_scores: float32 `[B, F]` their cumulative log-probabilities, -inf where there is no
+            node.
     """
 
-    def __init__(self, root_tokens: torch.Tensor) -> None:
+    def __init__(self, root_tokens: torch.Tensor, implementation: str = "auto") -> None:
         batch, device = root_tokens.shape[0], root_tokens.device
+        self._implementation = implementation
         self.tokens = torch.zeros(batch, _POOL, dtype=torch.long, device=device)
         self.tokens[:, 0] = root_tokens
         self.parents = torch.full((batch, _POOL), -1, dtype=torch.long, device=device)
@@ -177,7 +152,7 @@ class Growth:
         self.num_lookups = 0
         self._level_start = 1
         self.frontier = torch.zeros(batch, 1, dtype=torch.long, device=device)
-        self._frontier_scores = self.scores[:, :1]
+        self.frontier_scores = self.scores[:, :1]
         self._draft_rows: torch.Tensor | None = None
         self._draft_visible: torch.Tensor | None = None
         self._probs: list[torch.Tensor] = []
@@ -220,7 +195,9 @@ class Growth:
         """
         batch, num, length = continuations.shape
         device = continuations.device
-        parents, fresh, share = merge_continuations(continuations)
+        parents, fresh, share = ops.merge_continuations(
+            continuations, implementation=self._implementation
+        )
         steps = torch.arange(length, device=device)
         chances = torch.tensor([first, later], device=device).clamp_min_(1e-9).view(2, batch, 1, 1)
         scores = (share * chances[0] * chances[1] ** steps).log_().masked_fill_(~fresh, _EMPTY)
@@ -250,60 +227,31 @@ class Growth:
         self._draft_visible.scatter_(1, index, chain.unsqueeze(1))
 
     def expand(
-        self, logprobs: torch.Tensor, num_children: int, breadth: torch.Tensor | None = None
+        self, tokens: torch.Tensor, scores: torch.Tensor, probs: torch.Tensor | None = None
     ) -> None:
-        """Gives every node of the frontier its likeliest children; children that a lookup had
-        proposed are merged.
+        """Gives every node of the frontier children; those that a lookup had proposed are merged.
 
         Args:
-            logprobs: float32 `[B, F, V]` of the frontier.
-            num_children: children of each, K.
-            breadth: int64 `[B, F]` children to keep of each, at most K; None keeps all.
+            tokens: int64 `[B, F, K]`; anything where there is no child.
+            scores: float32 `[B, F, K]` cumulative log-probabilities, -inf where there is no child.
+            probs: float32 `[B, F, V]` what the children were drawn from, if they were.
         """
-        values, tokens = logprobs.topk(min(num_children, logprobs.shape[-1]), dim=-1)
-        scores = values.add_(self._frontier_scores.unsqueeze(2))
-        # a draft that has turned NaN proposes nothing
-        scores.nan_to_num_(nan=_EMPTY, neginf=_EMPTY)
-        if breadth is not None:
-            rank = torch.arange(values.shape[2], device=values.device)
-            scores = scores.masked_fill_(rank >= breadth.unsqueeze(2), _EMPTY)
+        if probs is not None:
+            self._remember(probs)
         parents = self.frontier.unsqueeze(2).expand_as(tokens).flatten(1)
-        tokens, scores = tokens.flatten(1), scores.flatten(1)
+        tokens, scores = tokens.flatten(1).clamp_min(0), scores.flatten(1)
         if self.num_lookups:
             scores = self._merge_with_lookups(tokens, parents, scores)
         self._append(tokens, parents, scores)
 
-    def sibling_counts(
-        self, logprobs: torch.Tensor, num_children: int, limit: int
-    ) -> torch.Tensor:
-        """`sibling_counts` of the frontier."""
-        return sibling_counts(self._frontier_scores, logprobs, num_children, limit)
-
-    def draw(
-        self, logprobs: torch.Tensor, noise: torch.Tensor, num_children: int, counts: torch.Tensor
-    ) -> None:
-        """Gives every node of the frontier children drawn without replacement, in the order drawn
-        (Gumbel top-k; Kool et al., 1903.06059, section 3).
-
-        Args:
-            logprobs: float32 `[B, F, V]` of the frontier, what is drawn from.
-            noise: float32 `[B, F, V]` Gumbel noise of this draw alone.
-            num_children: most children of a node, K.
-            counts: int64 `[B, F]` children of each, at most K.
-        """
-        tokens = (logprobs + noise).topk(min(num_children, logprobs.shape[2]), dim=2).indices
-        scores = logprobs.gather(2, tokens) + self._frontier_scores.unsqueeze(2)
-        scores.nan_to_num_(nan=_EMPTY, neginf=_EMPTY)
-        order = torch.arange(tokens.shape[2], device=tokens.device)
-        scores.masked_fill_(order >= counts.unsqueeze(2), _EMPTY)
+    def _remember(self, probs: torch.Tensor) -> None:
+        """Keeps what the frontier's children were drawn from."""
         if self._prob_rows is None:
             self._prob_rows = torch.zeros_like(self.parents)
-        rows = torch.arange(self.frontier.shape[1], device=tokens.device)
-        first = sum(probs.shape[1] for probs in self._probs)
-        self._prob_rows.scatter_(1, self.frontier, (rows + first).expand_as(self.frontier))
-        self._probs.append(logprobs.exp())
-        parents = self.frontier.unsqueeze(2).expand_as(tokens)
-        self._append(tokens.flatten(1), parents.flatten(1), scores.flatten(1))
+        first = sum(rows.shape[1] for rows in self._probs)
+        rows = torch.arange(first, first + probs.shape[1], device=probs.device)
+        self._prob_rows.scatter_(1, self.frontier, rows.expand_as(self.frontier))
+        self._probs.append(probs)
 
     def _merge_with_lookups(
         self, tokens: torch.Tensor, parents: torch.Tensor, scores: torch.Tensor
@@ -341,8 +289,8 @@ class Growth:
         if self.num_lookups:
             shift = torch.where(index < self.num_lookups, 1, shift)
         self.frontier = index + shift
-        self._frontier_scores = best.masked_fill_(best < min_score, _EMPTY)
-        return self._frontier_scores
+        self.frontier_scores = best.masked_fill_(best < min_score, _EMPTY)
+        return self.frontier_scores
 
     def enter_rows(self, offset: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Gives the frontier the draft rows from `offset` on.
@@ -358,7 +306,7 @@ class Growth:
             0
         )
         self._draft_rows.scatter_(
-            1, self.frontier, rows.masked_fill(self._frontier_scores == _EMPTY, -1)
+            1, self.frontier, rows.masked_fill(self.frontier_scores == _EMPTY, -1)
         )
         size = offset + width
         visible = self._draft_visible.gather(1, parent_rows.unsqueeze(2).expand(-1, -1, size))
@@ -366,56 +314,67 @@ class Growth:
         self._draft_visible[:, offset:size, :size] = visible
         return self.tokens.gather(1, self.frontier), visible
 
-    def select(self, max_nodes: int, max_depth: int, sizes: tuple[int, ...] = NODE_SIZES) -> Tree:
-        """The best `max_nodes` candidates, root included, as a tree; its width is rounded up to a
-        common size.
+    def _best_candidates(self) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        """Places (None for all), scores and parents of the best candidates, as many as
+        `ops.select_best_nodes` takes at once.
 
         A child is never likelier than its parent and never before it, so the best of a stable order
         are closed under ancestors.
         """
-        scores, total = self.all_scores(), self.count
-        if total > max_nodes:
-            chosen = scores.sort(dim=1, descending=True, stable=True).indices[:, :max_nodes]
-        else:
-            chosen = torch.arange(total, device=scores.device).expand(len(scores), -1)
-        present = scores.gather(1, chosen) > _EMPTY
-        num_nodes = present.sum(1)
-        limit = int(num_nodes.max())
-        # in the pool's order parents come first; empty places go to the end
-        kept = chosen.masked_fill(~present, total).sort(dim=1).values[:, :limit]
-        absent = kept == total
-        place = torch.zeros(len(scores), total + 1, dtype=torch.long, device=scores.device)
-        place.scatter_(1, kept, torch.arange(limit, device=scores.device).expand(len(scores), -1))
-        kept = kept.clamp_max_(total - 1)
-        parents = place.gather(1, self.parents.gather(1, kept).clamp_min_(0)).masked_fill_(
-            absent, -1
+        scores, parents = self.all_scores(), self.parents[:, : self.count]
+        if self.count <= MAX_CANDIDATES:
+            return None, scores, parents
+        order = scores.sort(dim=1, descending=True, stable=True).indices
+        places = order[:, :MAX_CANDIDATES].sort(dim=1).values
+        above = parents.gather(1, places)
+        parents = torch.searchsorted(places, above).masked_fill_(above < 0, -1)
+        return places, scores.gather(1, places), parents
+
+    def select(self, max_nodes: int, max_depth: int, sizes: tuple[int, ...] = NODE_SIZES) -> Tree:
+        """The best `max_nodes` candidates, root included, as a tree; its width is rounded up to a
+        common size.
+
+        Args:
+            max_nodes: most nodes.
+            max_depth: no candidate lies deeper.
+            sizes: widths a tree may have.
+        """
+        places, scores, parents = self._best_candidates()
+        most = min(max_nodes, MAX_NODES, scores.shape[1])
+        chosen, parents, num_nodes = ops.select_best_nodes(
+            scores, parents, most, implementation=self._implementation
         )
-        parents[:, 0] = -1
-        padding = (0, round_up_nodes(limit, sizes) - limit)
-        parents = F.pad(parents, padding, value=-1)
+        # reading the width would make a GPU wait
+        limit = int(num_nodes.max()) if chosen.device.type == "cpu" else most
+        width = round_up_nodes(limit, sizes)
+        chosen, parents = (_widened(x[:, :limit], width, -1) for x in (chosen, parents))
+        absent, kept = chosen < 0, chosen.clamp_min(0)
+        if places is not None:
+            kept = places.gather(1, kept)
         visible = ancestor_matrix(parents, max_depth)
-        draft_rows = lookup = None
+        draft_rows = lookup = draft_probs = None
         if self._draft_rows is not None:
-            draft_rows = F.pad(
-                self._draft_rows.gather(1, kept).masked_fill_(absent, -1), padding, value=-1
-            )
+            draft_rows = self._draft_rows.gather(1, kept).masked_fill_(absent, -1)
         if self.num_lookups:
-            lookup = F.pad((kept >= 1) & (kept <= self.num_lookups) & ~absent, padding)
-        draft_probs = None
+            lookup = (kept >= 1) & (kept <= self.num_lookups)
+            lookup &= ~absent
         if self._prob_rows is not None:
-            rows = F.pad(self._prob_rows.gather(1, kept), padding)
-            batch = torch.arange(len(rows), device=rows.device).unsqueeze(1)
-            draft_probs = torch.cat(self._probs, dim=1)[batch, rows]
+            batch = torch.arange(len(kept), device=kept.device).unsqueeze(1)
+            draft_probs = torch.cat(self._probs, dim=1)[batch, self._prob_rows.gather(1, kept)]
         return Tree(
-            tokens=F.pad(self.tokens.gather(1, kept), padding),
+            tokens=self.tokens.gather(1, kept).masked_fill_(absent, 0),
             parents=parents,
             depths=visible.sum(2) - 1,
             visible=visible,
             num_nodes=num_nodes,
-            scores=F.pad(
-                scores.gather(1, kept).masked_fill_(absent, _EMPTY), padding, value=_EMPTY
-            ),
+            scores=self.scores.gather(1, kept).masked_fill_(absent, _EMPTY),
             draft_rows=draft_rows,
             lookup=lookup,
             draft_probs=draft_probs,
         )
+
+
+def _widened(values: torch.Tensor, width: int, fill: int) -> torch.Tensor:
+    """`[B, width]`, filled up behind."""
+    missing = width - values.shape[1]
+    return F.pad(values, (0, missing), value=fill) if missing else values

@@ -279,3 +279,82 @@ def rotary(capability, head_dim=128, interleaved=False, dtype="bf16"):
     return _builder("rotary", "append_kernel", pointers, scalars, constants, 1) | {
         "capability": capability
     }
+
+
+def children(capability, drafting="top", filters=False, dtype="bf16", vocab_size=151936, kids=8):
+    from treespec.kernels.noise import DRAFT_STREAM
+    from treespec.kernels.round_tuning import children_config
+
+    config = children_config(vocab_size)
+    noise = {"seeds_ptr": "i64", "rows_ptr": "i64", "places_ptr": "i64"}
+    pointers = {
+        "logits_ptr": dtype,
+        "cum_ptr": "fp32",
+        "temperature_ptr": "fp32",
+        "threshold_ptr": "fp32" if filters else None,
+        **(dict.fromkeys(noise) if drafting == "top" else noise),
+        "roots_ptr": "i64" if drafting == "sampled" else None,
+        "ranks_ptr": "i64",
+        "peak_ptr": "fp32",
+        "mass_ptr": "fp32",
+    }
+    counts = ("frontier", "vocab_size", "num_children", "stride_lb", "stride_lf")
+    scalars = {**dict.fromkeys(counts, "i32"), "sharpness": "fp32", "min_logprob": "fp32"}
+    constants = {
+        "COUPLED": drafting == "coupled",
+        "SAMPLED": drafting == "sampled",
+        "CUT": filters,
+        "STREAM": DRAFT_STREAM,
+        "BLOCK": config.block,
+        "BLOCK_K": kids,
+    }
+    aligned = {*pointers, "stride_lb", "stride_lf", "vocab_size"}
+    return _builder(
+        "drafting", "part_kernel", pointers, scalars, constants, config.num_warps, aligned
+    ) | {"capability": capability}
+
+
+def children_join(capability, sampled=False, parts=38, kids=8, dtype="bf16"):
+    from treespec.kernels.round_tuning import next_power_of_two
+
+    pointers = {
+        "logits_ptr": dtype,
+        "cum_ptr": "fp32",
+        "breadth_ptr": "i64" if sampled else None,
+        "temperature_ptr": "fp32",
+        "ranks_ptr": "i64",
+        "peak_ptr": "fp32",
+        "mass_ptr": "fp32",
+        "tokens_ptr": "i64",
+        "logprobs_ptr": "fp32",
+    }
+    counts = ("frontier", "num_parts", "num_children", "stride_lb", "stride_lf")
+    scalars = {**dict.fromkeys(counts, "i32"), "sharpness": "fp32", "min_logprob": "fp32"}
+    block_r = next_power_of_two(parts * kids)
+    constants = {
+        "SAMPLED": sampled,
+        "LIMITED": sampled,
+        "BLOCK_P": next_power_of_two(parts),
+        "BLOCK_R": block_r,
+        "BLOCK_K": kids,
+    }
+    warps = 4 if block_r <= 1024 else 8
+    return _builder("drafting", "join_kernel", pointers, scalars, constants, warps) | {
+        "capability": capability
+    }
+
+
+def merge(capability, num=4):
+    from treespec.kernels.drafting_rules import VOTES
+
+    pointers = {
+        "continuations_ptr": "i64",
+        "parents_ptr": "i64",
+        "fresh_ptr": "i8",
+        "share_ptr": "fp32",
+    }
+    constants = {f"VOTE_{place}": vote for place, vote in enumerate(VOTES)} | {"BLOCK_M": num}
+    warps = 1 if num <= 16 else 4
+    return _builder(
+        "tree_building", "merge_kernel", pointers, {"num": "i32", "length": "i32"}, constants, warps
+    ) | {"capability": capability}

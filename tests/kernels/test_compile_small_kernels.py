@@ -1,6 +1,5 @@
 """Every small kernel compiles for every chip, spills nothing, fits its shared memory and moves wide
-words.
-"""
+words."""
 
 from __future__ import annotations
 
@@ -25,6 +24,14 @@ VARIANTS = {
     "ancestor_bits": ("ancestry", {}, 0),
     "node_depths": ("ancestry", {"bits": False}, 0),
     "select_2048": ("select", {}, 0),
+    "merge_4": ("merge", {}, 0),
+    "merge_64": ("merge", {"num": 64}, 0),
+    "children_top": ("children", {}, 4),
+    "children_coupled_64": ("children", {"drafting": "coupled", "kids": 64}, 4),
+    "children_coupled_fp32": ("children", {"drafting": "coupled", "dtype": "fp32"}, 4),
+    "children_sampled_cut": ("children", {"drafting": "sampled", "filters": True}, 4),
+    "children_join": ("children_join", {}, 0),
+    "children_join_largest": ("children_join", {"sampled": True, "parts": 64, "kids": 64}, 0),
     "scan": ("scan", {}, 0),
     "continue": ("continuation", {}, 0),
     "compact_128": ("compact", {"columns": 64}, 1),
@@ -41,6 +48,9 @@ EVERYWHERE = (
     "cut",
     "traversal",
     "select_2048",
+    "merge_4",
+    "children_sampled_cut",
+    "children_join",
     "compact_128",
     "rotary_128",
 )

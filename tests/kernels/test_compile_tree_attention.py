@@ -82,8 +82,6 @@ def test_committed_sheet_is_of_these_kernels(compiled):
     if committed["triton"] != kernel_sheet.triton_version():
         pytest.skip("the committed sheet is of another Triton version")
     assert kernel_sheet.differences(committed["rows"], rows) == []
-    page = kernel_sheet.SHEET.with_suffix(".md").read_text()
-    assert page == kernel_sheet.markdown(committed["triton"], committed["rows"])
     for row in rows:
         assert row.get("modelled_us", 1.0) >= row.get("floor_us", 0.0)
 
@@ -100,6 +98,38 @@ def test_the_sheet_tells_what_changed_and_what_is_too_much():
     assert "spill_bytes was 0, is 8" in " ".join(kernel_sheet.differences([row], [worse]))
     assert kernel_sheet.differences([], [row]) == ["('k', 90) is not in the committed sheet"]
     assert kernel_sheet.faults([{**row, "error": "boom"}]) == ["k on sm_90 does not compile: boom"]
+
+
+def test_an_outdated_sheet_or_page_is_told(tmp_path, capsys):
+    row = {"kernel": "k", "capability": 90, "spill_bytes": 8}
+    sheet = tmp_path / "sheet.json"
+
+    def render(version, rows):
+        return f"{version}: {rows[0]['spill_bytes']}"
+
+    kernel_sheet.write(sheet, "9", [row], "9: 8")
+    assert kernel_sheet.outdated(sheet, "9", [row], render) == []
+    worse = {**row, "spill_bytes": 9}
+    assert kernel_sheet.outdated(sheet, "9", [worse], render) == [
+        "k on sm_90: spill_bytes was 8, is 9"
+    ]
+    assert kernel_sheet.outdated(sheet, "10", [worse], render) == []
+    assert "sheet.json is for Triton 9" in capsys.readouterr().out
+    sheet.with_suffix(".md").write_text("stale")
+    found = kernel_sheet.outdated(sheet, "9", [row], render)
+    assert found == ["sheet.md is not the page of sheet.json"]
+
+
+def test_pages_are_of_the_committed_sheets():
+    for sheet, render in (
+        (kernel_sheet.SHEET, kernel_sheet.markdown),
+        (kernel_sheet.ALTERNATIVES, kernel_sheet.alternatives_markdown),
+    ):
+        committed = json.loads(sheet.read_text())
+        page = sheet.with_suffix(".md").read_text()
+        assert page == render(committed["triton"], committed["rows"])
+    names = {row["kernel"] for row in committed["rows"]}
+    assert names == set(tree_attention_cases.ALTERNATIVES)
 
 
 def test_a_spill_and_a_narrow_load_would_be_seen():

@@ -1,4 +1,5 @@
-"""Lookup in the history: PyTorch and Triton against the reference, the reference by hand."""
+"""Lookup in the history, and the merge of what it finds: PyTorch and Triton against the reference,
+the reference by hand."""
 
 from __future__ import annotations
 
@@ -116,3 +117,75 @@ def test_errors(change, message):
     }
     with pytest.raises(ValueError, match=message):
         ops.match_ngrams(**{**inputs, **change})
+
+
+def merge(implementation, continuations):
+    if implementation == "reference":
+        return reference.merge_continuations(continuations)
+    return ops.merge_continuations(continuations, implementation=implementation)
+
+
+@ALL
+def test_a_trie_by_hand(implementation):
+    """The second shares two tokens with the first, the third begins anew and has a hole, the fourth
+    repeats the second, the fifth is empty; weights 0.4, 0.25, 0.2, 0.15 of 1.
+    """
+    lines = [[5, 6, 7], [5, 6, 8], [9, -1, 4], [5, 6, 8], [-1, -1, -1]]
+    parents, fresh, share = (x[0] for x in merge(implementation, torch.tensor([lines])))
+    assert parents.tolist() == [[-1, 0, 1], [-1, -1, 1], [-1, -1, -1], [-1] * 3, [-1] * 3]
+    assert fresh.int().tolist() == [[1, 1, 1], [0, 0, 1], [1, 0, 0], [0, 0, 0], [0, 0, 0]]
+    wanted = [[0.8, 0.8, 0.4], [0.8, 0.8, 0.4], [0.2, 0, 0], [0.8, 0.8, 0.4], [0, 0, 0]]
+    torch.testing.assert_close(share, torch.tensor(wanted))
+    assert parents.dtype == torch.int64 and fresh.dtype == torch.bool
+
+
+@ALL
+def test_weights_are_of_the_continuations_there_are(implementation):
+    _, fresh, share = merge(implementation, torch.tensor([[[-1, 3], [4, 4]], [[-1, 1], [-1, 1]]]))
+    assert share.tolist() == [[[0, 0], [1, 1]], [[0, 0], [0, 0]]]
+    assert fresh.int().tolist() == [[[0, 0], [1, 1]], [[0, 0], [0, 0]]]
+
+
+@st.composite
+def sets_of_continuations(draw):
+    batch, num, length = (draw(st.integers(1, most)) for most in (3, 7, 5))
+    token = st.sampled_from([0, 0, 0, 1, 1, 2, -1])
+    count = batch * num * length
+    values = torch.tensor(draw(st.lists(token, min_size=count, max_size=count)))
+    dtype = draw(st.sampled_from([torch.int32, torch.int64]))
+    return values.view(batch, num, length).to(dtype)
+
+
+def same_trie(got, wanted) -> None:
+    same(got[:2], wanted[:2])
+    torch.testing.assert_close(got[2], wanted[2], rtol=1e-6, atol=0)
+
+
+@FAST
+@given(sets_of_continuations())
+def test_torch_trie_is_the_reference(continuations):
+    same_trie(ops.merge_continuations(continuations), reference.merge_continuations(continuations))
+
+
+@INTERPRETED
+@given(sets_of_continuations())
+def test_triton_trie_is_the_reference(continuations):
+    same_trie(merge("triton", continuations), reference.merge_continuations(continuations))
+
+
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+def test_the_most_continuations(implementation):
+    generator = torch.Generator().manual_seed(5)
+    continuations = torch.randint(-1, 9, (1, 64, 4), generator=generator)
+    same_trie(merge(implementation, continuations), reference.merge_continuations(continuations))
+
+
+@pytest.mark.parametrize("continuations, message", [
+    (torch.zeros(2, 3).long(), r"continuations must be .*\[B, M, L\]"),
+    (torch.zeros(1, 2, 3), "continuations must be int32 or int64"),
+    (torch.zeros(1, 65, 3).long(), r"continuations must hold 1 to 64 of a row .*got 65"),
+    (torch.zeros(1, 0, 3).long(), "continuations must hold 1 to 64 of a row"),
+])  # fmt: skip
+def test_trie_errors(continuations, message):
+    with pytest.raises(ValueError, match=message):
+        ops.merge_continuations(continuations)

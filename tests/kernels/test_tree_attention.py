@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from treespec.kernels import ops, reference, torch_attention
+from treespec.kernels import checks, ops, reference, torch_attention
 from treespec.kernels.tuning import TreeAttentionConfig
+
+from treespec import hf
 
 # Absolute slack per dtype, on top of twice the error that the reference itself makes at that dtype.
 ATOL = {torch.float32: 2e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
@@ -432,6 +435,48 @@ def test_bias_built_once_serves_every_layer():
         assert_matches(out.double(), case, torch.float32)
 
 
+def test_both_ways_to_a_bias_agree():
+    case = Case([11, 0, 4], 35, dims=(16, 16))
+    slots = 11 + 35 + 3
+    read = torch_attention.tree_bias(case.bits, case.lens, slots, torch.float32)
+    gathered = torch_attention.tree_bias(
+        case.bits, case.lens, slots, torch.float32, sliding_window=1000, depths=case.depths
+    )
+    assert torch.equal(read, gathered)
+
+
+def test_capture_reads_no_length(monkeypatch):
+    case = Case([11, 0, 4], 9, dims=(16, 16))
+    case.k, case.v = case.k.nan_to_num(1.0), case.v.nan_to_num(1.0)
+    monkeypatch.setattr(torch_attention, "_capturing", lambda tensor: True)
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: pytest.fail("length read"))
+    arguments = (case.q, case.k, case.v, case.bits, case.lens)
+    out = torch_attention.tree_attention(*arguments)
+    monkeypatch.undo()
+    assert_matches(out.double(), case, torch.float32)
+
+
+def test_a_packed_bias_is_never_that_of_another():
+    forward = object.__new__(hf.Forward)
+    forward._packed = {}
+    for value in range(8):
+        # each of these dies at once, and the next may get its number
+        packed = forward._pack(torch.full((1, 1, 3, 5), float(value)), 4, 2)
+        assert packed.shape == (1, 1, 6, 5) and (packed == value).all()
+
+
+@pytest.mark.parametrize(
+    "num_nodes, prefix, packed", [(16, 600, True), (16, 40, False), (17, 600, False)]
+)
+def test_heads_are_packed_where_it_pays(num_nodes, prefix, packed):
+    case = Case([prefix], num_nodes, heads=(6, 2), dims=(16, 16))
+    slots = prefix + num_nodes
+    assert torch_attention.packs_heads(case.q, 2, slots) == packed
+    assert not torch_attention.packs_heads(case.q, 6, slots)
+    assert torch_attention.packs_heads(case.q.to("meta"), 2, slots)
+    assert_matches(case.run("torch", torch.float32), case, torch.float32)
+
+
 def test_bias_of_a_tree_written_out():
     arguments, depths = hand_case()
     bias = torch_attention.tree_bias(
@@ -472,15 +517,17 @@ def test_alibi_keeps_its_precision_in_16_bits(path, device):
 def test_the_path_is_said_with_its_reason(monkeypatch):
     q = torch.zeros(1, 1, 1, 8)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert ops.tree_attention_path(q, 8)[0] == "triton"
-    assert ops.tree_attention_path(q.double(), 8) == (
-        "torch",
-        "the kernel takes float16, bfloat16 and float32, not float64",
+    assert ops.tree_attention_path(q, 8) == ("torch", "tensors are on the CPU")
+    assert ops.tree_attention_path(q, 8, "torch") == ("torch", "asked for")
+    assert ops.tree_attention_path(q, 8, "triton") == (
+        "triton",
+        "TRITON_INTERPRET=1 runs the kernels on the CPU",
     )
-    assert ops.tree_attention_path(q, 512) == ("torch", "head dimension 512 is above 256")
+    with pytest.raises(RuntimeError, match="kernel takes float16, bfloat16 and float32, not float"):
+        ops.tree_attention_path(q.double(), 8, "triton")
+    with pytest.raises(RuntimeError, match="cannot run: head dimension 512 is above 256"):
+        ops.tree_attention_path(q, 512, "triton")
     monkeypatch.delenv("TRITON_INTERPRET")
-    path, reason = ops.tree_attention_path(q, 8)
-    assert path == "torch" and "TRITON_INTERPRET=1 is not set" in reason
     with pytest.raises(
         RuntimeError, match='implementation="triton" cannot run: tensors are on the CPU'
     ):
@@ -489,6 +536,52 @@ def test_the_path_is_said_with_its_reason(monkeypatch):
         ValueError, match='implementation must be "auto", "triton" or "torch"; got \'cuda\''
     ):
         ops.tree_attention_path(q, 8, "cuda")
+
+
+CUDA = torch.device("cuda")
+# (device, its capability, a HIP build) -> whether kernels run there, and what is said.
+DEVICES = [
+    (CUDA, (9, 0), False, True, "compute capability 9.0"),
+    (CUDA, (7, 5), False, False, "compute capability 7.5 is below 8.0"),
+    (CUDA, (9, 0), True, False, "built for ROCm"),
+    (torch.device("mps"), None, False, False, "no kernel for device type 'mps'"),
+]
+
+
+@pytest.mark.parametrize("device_kind, capability, hip, runs, words", DEVICES, ids=str)
+def test_status_and_path_are_one_rule(device_kind, capability, hip, runs, words, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", "6.0" if hip else None)
+    status = ops.triton_status(device_kind)
+    assert status == (runs, status[1]) and words in status[1]
+    path = "triton" if runs else "torch"
+    assert checks.kernel_path(device_kind, "auto") == (path, status[1])
+    assert checks.kernel_path(device_kind, "auto", "too odd") == (
+        "torch",
+        "too odd" if runs else status[1],
+    )
+    assert checks.runs_on_triton(device_kind, "auto") == runs
+    assert not checks.runs_on_triton(device_kind, "torch")
+    if runs:
+        assert checks.runs_on_triton(device_kind, "triton")
+    else:
+        with pytest.raises(RuntimeError, match=re.escape(status[1])):
+            checks.runs_on_triton(device_kind, "triton")
+
+
+def test_without_triton_everything_is_pytorch(monkeypatch):
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
+    assert ops.triton_status(CUDA) == (False, "triton is not installed")
+    assert not checks.runs_on_triton(CUDA, "auto")
+    with pytest.raises(RuntimeError, match="triton is not installed"):
+        checks.runs_on_triton(CUDA, "triton")
+
+
+def test_a_cpu_never_interprets_unasked(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    cpu = torch.device("cpu")
+    assert ops.triton_status(cpu)[0]
+    assert not checks.runs_on_triton(cpu, "auto") and checks.runs_on_triton(cpu, "triton")
 
 
 def valid_arguments() -> dict:

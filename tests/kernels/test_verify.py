@@ -312,6 +312,50 @@ def test_coupled_at_low_temperature_is_greedy(implementation):
     same(verdict, reference.verify_greedy(logits, *batch))
 
 
+class TestNoiseAtHand:
+    """A tree of depth 4 whose tokens are the target's picks along one path."""
+
+    def case(self, filters=False):
+        generator = torch.Generator().manual_seed(3)
+        parents, num_nodes = torch.tensor([SHAPES["binary_63"][:20]] * 2), torch.tensor([20, 15])
+        depths = ops.node_depths(parents, num_nodes)
+        keys = {"seed": 6, "rows": torch.tensor([4, 9])}
+        positions = torch.tensor([[50], [7]]) + depths
+        noise = ops.gumbel_noise(6, keys["rows"], positions[:, :1] + 1 + torch.arange(6), 40)
+        logits = torch.randn(2, 20, 40, generator=generator)
+        picks = (logits + noise[torch.arange(2)[:, None], depths]).argmax(2)
+        tokens = picks.gather(1, parents.clamp(min=0))
+        options = {**keys, "positions": positions}
+        if filters:
+            options |= {"temperature": 0.7, "top_k": 5}
+        return (logits, tokens, parents, num_nodes), options, noise
+
+    @pytest.mark.parametrize(
+        "implementation, filters", [("torch", False), ("torch", True), ("triton", False)]
+    )
+    def test_it_is_the_noise_that_would_be_made(self, implementation, filters):
+        trees, options, noise = self.case(filters)
+        wanted = ops.verify_sampled(*trees, **options)
+        got = ops.verify_sampled(*trees, **options, noise=noise, implementation=implementation)
+        same(got, wanted)
+        assert filters or wanted.accept_length.tolist() == [4, 3]
+
+    def test_the_torch_path_uses_it_and_the_kernel_makes_its_own(self):
+        trees, options, noise = self.case()
+        wanted = ops.verify_sampled(*trees, **options)
+        got = ops.verify_sampled(*trees, **options, noise=-noise)
+        assert not torch.equal(got.bonus_token, wanted.bonus_token)
+        got = ops.verify_sampled(*trees, **options, noise=-noise, implementation="triton")
+        same(got, wanted)
+
+    def test_errors(self):
+        trees, options, noise = self.case()
+        with pytest.raises(ValueError, match=r"noise must be float32 \[B, D, V\] .*\[2, 6, 39\]"):
+            ops.verify_sampled(*trees, **options, noise=noise[..., :-1])
+        with pytest.raises(ValueError, match=r"noise must hold positions .* D > 4; got \[2, 4"):
+            ops.verify_sampled(*trees, **options, noise=noise[:, :4])
+
+
 class TestErrors:
     logits = torch.zeros(1, 3, 4)
     tokens = torch.tensor([[0, 1, 2]])

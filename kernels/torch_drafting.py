@@ -1,0 +1,99 @@
+"""Drafting without Triton, on a CPU and on devices Triton does not serve."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from .drafting_rules import LEAST_LOGPROB
+from .noise import DRAFT_STREAM, SHARED_STREAM
+from .torch_acceptance import gumbel_noise
+from .warpers import Warpers, warped_scores
+
+_LEAST_FLOAT = torch.finfo(torch.float32).min
+
+
+def draft_children(
+    logits: torch.Tensor,
+    cum_logprobs: torch.Tensor,
+    num_children: int,
+    drafting: str,
+    warpers: Warpers,
+    sharpness: float,
+    breadth: torch.Tensor | None,
+    min_logprob: float,
+    seed: int | torch.Tensor | None,
+    rows: torch.Tensor | None,
+    places: torch.Tensor | None,
+    root_positions: torch.Tensor | None,
+    noise: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See ``ops.draft_children``; arguments are checked, and ``places`` are positions or nodes."""
+    batch, frontier, vocab_size = logits.shape
+    device = logits.device
+    if drafting != "top" and noise is None:
+        stream = SHARED_STREAM
+        if drafting == "sampled":
+            stream = 4 * root_positions.long() + DRAFT_STREAM
+        noise = gumbel_noise(seed, rows, places, vocab_size, stream)
+    scores = _warped(logits.detach().float(), warpers)
+    if drafting == "coupled":
+        scores = scores + noise
+    if sharpness != 1.0:
+        scores = scores * sharpness
+    logprobs = torch.log_softmax(scores, -1)
+    ranks = scores + noise if drafting == "sampled" else scores
+    count = min(num_children, vocab_size)
+    best = best_tokens(ranks.reshape(-1, vocab_size), count)
+    best_logprobs = logprobs.view(-1, vocab_size).gather(1, torch.from_numpy(best).to(device))
+    values = best_logprobs.cpu().numpy()
+    above = cum_logprobs.detach().float().reshape(-1, 1).cpu().numpy()
+    # NaN, of a draft or of a place without a node, compares as false.
+    alive = (values >= LEAST_LOGPROB) & (above >= max(min_logprob, _LEAST_FLOAT))
+    if breadth is not None:
+        alive &= np.arange(count) < breadth.reshape(-1, 1).cpu().numpy()
+    tokens = np.full((batch * frontier, num_children), -1)
+    totals = np.full((batch * frontier, num_children), -np.inf, np.float32)
+    np.copyto(tokens[:, :count], best, where=alive)
+    np.add(values, above, out=totals[:, :count], where=alive)
+    shape = (batch, frontier, num_children)
+    return tuple(torch.from_numpy(x).view(shape).to(device) for x in (tokens, totals))
+
+
+def _warped(scores: torch.Tensor, warpers: Warpers) -> torch.Tensor:
+    """The scores [B, F, V] after temperature and filters."""
+    if not any(warpers.active(name) for name in Warpers._fields):
+        return scores
+    batch, frontier, vocab_size = scores.shape
+    parents = np.repeat(np.arange(batch), frontier)
+    warpers = Warpers(
+        *(x.to(scores.device) if isinstance(x, torch.Tensor) else x for x in warpers)
+    )
+    return warped_scores(scores.reshape(-1, vocab_size), warpers.rows(parents)).view(scores.shape)
+
+
+def best_tokens(scores: torch.Tensor, count: int) -> np.ndarray:
+    """The indices of the greatest of every row; ties go to the lower index, which ``torch.topk``
+    does not promise.
+
+    Args:
+        scores: float32 [R, V].
+        count: at most V.
+
+    Returns:
+        int64 [R, count]; in no order where scores are -inf, undefined for a row with NaN.
+    """
+    # One more than wanted shows a tie at the end.
+    values, indices = (
+        x.cpu().numpy() for x in scores.topk(min(count + 1, scores.shape[1]), 1)
+    )
+    best = np.ascontiguousarray(indices[:, :count])
+    ties = values[:, 1:] == values[:, :-1]
+    if ties.any():
+        ties &= values[:, 1:] > -np.inf
+        for row in np.flatnonzero(ties.any(1)):
+            line = scores[row].cpu().numpy()
+            real = np.count_nonzero(values[row, :count] > -np.inf)
+            found = np.flatnonzero(line >= values[row, real - 1])
+            best[row, :real] = found[np.argsort(-line[found], kind="stable")[:real]]
+    return best

@@ -1,0 +1,390 @@
+"""`tree="auto"`: its costs and beliefs, and that it is never slower than plain decoding.
+
+Speed is told by a virtual clock: every forward and every lookup of a real generation advances it by
+a given cost, so the decisions of the policy are real and their price is exact.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import pytest
+import torch
+from tiny_models import VOCAB, tiny_config, tiny_pair
+from transformers import AutoModelForCausalLM
+
+import treespec.engine
+from treespec import TreeSpeculator
+from treespec.auto import AutoPolicy, Belief, RunningTime, VerifyCosts
+from treespec.sources import OneShotSource, Proposal
+from treespec.tree import Growth
+from treespec.whatif import RoundCosts
+
+PLAIN_MS, OVERHEAD_MS, MISS_MS, HIT_MS = 4.0, 0.3, 0.1, 0.5
+
+
+# --- the virtual clock ---------------------------------------------------------------------------
+
+
+class Clock:
+    """Stands in for the `time` module of the engine."""
+
+    def __init__(self) -> None:
+        self.ms = 0.0
+
+    def perf_counter(self) -> float:
+        return self.ms / 1e3
+
+
+def charge(owner, name: str, clock: Clock, cost) -> None:
+    """Every call of the method also advances the clock by `cost(*arguments)`."""
+    method = getattr(owner, name)
+
+    @functools.wraps(method)
+    def charged(*arguments, **keywords):
+        clock.ms += cost(*arguments)
+        return method(*arguments, **keywords)
+
+    setattr(owner, name, charged)
+
+
+def missing(model, lens) -> int:
+    return max(length - have for length, have in zip(lens, model.cache.prefix_lens))
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """A function that makes a speculator whose costs are given, and its clock."""
+    clock = Clock()
+    monkeypatch.setattr(treespec.engine, "time", clock)
+    add_lookups = Growth.add_lookups
+
+    def charged_lookups(*arguments):
+        clock.ms += HIT_MS
+        return add_lookups(*arguments)
+
+    monkeypatch.setattr(Growth, "add_lookups", charged_lookups)
+
+    def make(target, draft, tree="auto", level_ms=0.8, node_ms=0.15):
+        # recording depends on counts alone, and would only slow the test down
+        spec = TreeSpeculator(target, draft, tree=tree, capture=False)
+
+        def verify(tokens, *_):
+            return PLAIN_MS + node_ms * (tokens.numel() - 1)
+
+        charge(spec._target, "forward", clock, verify)
+        charge(spec._target, "ingest", clock, lambda _, lens: 10.0)
+        charge(spec._engine, "_commit", clock, lambda *_: OVERHEAD_MS)
+        if spec._model is not None:
+            model = spec._model
+            charge(model, "forward", clock, lambda tokens, *_: level_ms)
+            charge(model, "ingest", clock, lambda _, lens: 0.02 * level_ms * missing(model, lens))
+        for source in spec._engine.lookups:
+            charge(source, "propose", clock, lambda *_: MISS_MS)
+        return spec
+
+    make.clock = clock
+    return make
+
+
+def milliseconds(timed, spec, ids, new_tokens: int, **options) -> float:
+    """Virtual time per new token of one call."""
+    before = timed.clock.ms
+    options = {"do_sample": False, **options}
+    found = spec.generate(ids, max_new_tokens=new_tokens, **options)
+    assert found.shape[1] == ids.shape[1] + new_tokens
+    return timed.clock.ms - before
+
+
+@functools.cache
+def unrelated_draft():
+    """Random weights: hardly ever right."""
+    torch.manual_seed(99)
+    return AutoModelForCausalLM.from_config(tiny_config("llama", 1)).eval()
+
+
+def adversary():
+    """The target's own layers with its output turned upside down: sure of itself, and never
+    right."""
+    target, _ = tiny_pair("llama")
+    torch.manual_seed(0)
+    draft = AutoModelForCausalLM.from_config(target.config).eval()
+    draft.load_state_dict(target.state_dict())
+    with torch.no_grad():
+        draft.lm_head.weight.neg_()
+    return draft
+
+
+def texts(count: int, length: int = 40) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(1, VOCAB, (1, length), generator=generator) for _ in range(count)]
+
+
+class Wrong(OneShotSource):
+    """Always finds a long match, which is never right."""
+
+    name = "wrong"
+
+    def propose(self, sequences, length):
+        tokens = torch.full((len(sequences.lens), 1, length), VOCAB - 1)
+        return Proposal(tokens, [8] * len(sequences.lens))
+
+
+def speed(timed, draft, new_tokens=60, count=4, batch=1, level_ms=0.8, warm=2, **options) -> float:
+    """How many times as fast as plain decoding auto is, over several texts, after `warm` more."""
+    target, _ = tiny_pair("llama")
+    auto = timed(target, draft, level_ms=level_ms)
+    plain = timed(target, None)
+    spent = {"auto": 0.0, "plain": 0.0}
+    for turn, ids in enumerate(texts(count + warm)):
+        ids = ids.repeat(batch, 1)
+        for name, spec in (("auto", auto), ("plain", plain)):
+            ms = milliseconds(timed, spec, ids, new_tokens, **options)
+            spent[name] += ms if turn >= warm else 0.0
+    return spent["plain"] / spent["auto"]
+
+
+# --- never slower --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "draft, options",
+    {
+        "random weights": (unrelated_draft, {}),
+        "adversarial": (adversary, {}),
+        "slow and random": (unrelated_draft, {"level_ms": 12.0}),
+        "wrong lookups": (Wrong, {}),
+        "random, sampled": (unrelated_draft, {"do_sample": True, "seed": 1}),
+        "random, eight sequences": (unrelated_draft, {"batch": 8}),
+        "random, eight tokens": (unrelated_draft, {"new_tokens": 8, "count": 16, "warm": 16}),
+    }.values(),
+    ids=lambda value: None,
+)
+def test_never_slower_than_plain(timed, draft, options):
+    assert speed(timed, draft(), **options) >= 0.97
+
+
+def test_a_good_draft_pays(timed):
+    target, draft = tiny_pair("llama")
+    assert speed(timed, copy.deepcopy(target), level_ms=0.4) >= 2.0
+    assert speed(timed, draft, level_ms=0.4) >= 1.0
+
+
+def test_a_draft_good_only_now_and_then_is_found_again(timed):
+    """Texts that suit the draft and texts that do not, in turns: it is asked in the first and left
+    alone in the second."""
+    target, _ = tiny_pair("llama")
+    fickle = copy.deepcopy(target)
+    weights = {True: fickle.lm_head.weight.detach().clone()}
+    weights[False] = -weights[True]
+    auto, plain = timed(target, fickle, level_ms=0.4), timed(target, None)
+    spent = {}
+    for turn, ids in enumerate(texts(12)):
+        good = turn % 2 == 0
+        with torch.no_grad():
+            fickle.lm_head.weight.copy_(weights[good])
+        if turn >= 4:
+            for name, spec in (("auto", auto), ("plain", plain)):
+                ms = milliseconds(timed, spec, ids, 80)
+                spent[name, good] = spent.get((name, good), 0.0) + ms
+        else:
+            milliseconds(timed, auto, ids, 80)
+    assert spent["plain", True] / spent["auto", True] >= 1.8
+    # a few rounds of every other text go into finding out
+    assert spent["plain", False] / spent["auto", False] >= 0.8
+
+
+def test_a_useless_draft_is_hardly_ever_asked(timed):
+    target, _ = tiny_pair("llama")
+    spec = timed(target, unrelated_draft())
+    for ids in texts(4):
+        spec.generate(ids, max_new_tokens=60, do_sample=False)
+    forwards = spec._engine.drafts[0]
+    asked, before = 0.0, timed.clock.ms
+    for ids in texts(6):
+        spec.generate(ids, max_new_tokens=100, do_sample=False)
+        asked += 0.8 * forwards.forwards
+    assert asked <= 0.02 * (timed.clock.ms - before)
+
+
+# --- costs ---------------------------------------------------------------------------------------
+
+
+def test_costs_of_few_and_many_rows_are_kept_apart(timed):
+    """Eight sequences at a time cost more a round; one sequence after them is planned as before."""
+    target, draft = tiny_pair("llama")
+    spec = timed(target, draft, node_ms=0.5)
+    (ids,) = texts(1)
+    spec.generate(ids, max_new_tokens=60, do_sample=False)
+    alone = spec._policy._costs_for(1).verify.at(1)
+    spec.generate(ids.repeat(8, 1), max_new_tokens=60, do_sample=False)
+    assert spec._policy._costs_for(1).verify.at(1) == pytest.approx(alone, rel=0.02)
+    assert spec._policy._costs_for(8).verify.at(1) == pytest.approx(PLAIN_MS + 3.5, rel=0.05)
+
+
+def test_predicted_and_measured_times_of_rounds(timed, monkeypatch):
+    """After a warm-up the predictions that decisions rest on are within a tenth."""
+    target, draft = tiny_pair("llama")
+    spec = timed(target, draft)
+    policy, errors = spec._policy, []
+    observe = policy.observe
+
+    def checked(outcome):
+        looked = outcome.match_lengths is not None
+        predicted = policy.predict_round_ms(outcome.num_nodes, outcome.draft_levels, looked)
+        if predicted is not None:
+            errors.append(abs(predicted / outcome.total_ms - 1))
+        observe(outcome)
+
+    monkeypatch.setattr(policy, "observe", checked)
+    for ids in texts(5):
+        del errors[:]
+        spec.generate(ids, max_new_tokens=60, do_sample=False)
+    assert sum(errors) / len(errors) <= 0.1
+    assert "predicted times of rounds lately off by" in spec.explain()
+
+
+def test_a_cost_shrugs_off_an_outlier_and_prefers_settled_times():
+    time = RunningTime()
+    time.add(9.0, settled=False)
+    time.add(30.0, settled=False)
+    assert time.value == 9.0
+    time.add(4.0)
+    assert time.value == 4.0, "the first settled time replaces what came before"
+    time.add(400.0)
+    assert time.value <= 4.5
+    time.add(1.0, settled=False)
+    assert time.value > 4.0
+
+
+def test_verification_costs_between_beyond_and_before():
+    costs = VerifyCosts(1)
+    assert costs.at(8) is None
+    costs.add(8, 6.0)
+    assert costs.at(1) < 6.0 < costs.at(24), "one size alone says something of the others"
+    costs.add(24, 9.0)
+    assert costs.at(16) == pytest.approx(7.5)
+    for _ in range(60):
+        costs.add(8, 12.0)
+    assert costs.at(24) > 13.0, "what slows one size slows all"
+
+
+def test_unrecorded_forwards_are_only_believed_until_there_is_better():
+    costs = VerifyCosts(1)
+    costs.add(8, 40.0, settled=False)
+    costs.add(8, 11.0, settled=False)
+    assert costs.at(8) == pytest.approx(11.0)
+    costs.add(12, 5.0)
+    assert costs.at(12) == pytest.approx(5.0) and costs.at(8) < 5.0
+
+
+# --- beliefs -------------------------------------------------------------------------------------
+
+
+def test_a_text_tells_quickly_and_is_forgotten_with_it():
+    belief = Belief(0.5)
+    for _ in range(8):
+        belief.add(0.0)
+    low = belief.value
+    assert low < 0.12
+    belief.begin(0)
+    assert low < belief.value < 0.4, "the next text starts from what texts are like"
+
+
+def test_kinds_of_texts_are_kept_apart():
+    belief = Belief(0.5)
+    for kind in (8, 10, 8, 10):
+        belief.begin(kind)
+        for _ in range(5):
+            belief.add(float(kind == 8))
+    belief.begin(8)
+    short = belief.value
+    belief.begin(10)
+    assert short > 0.7 and belief.value < 0.3
+    belief.begin(9)
+    assert belief.value == 0.5
+
+
+def test_what_a_text_told_goes_stale():
+    belief = Belief(0.8)
+    for _ in range(3):
+        belief.add(0.0)
+    before = belief.value
+    for _ in range(100):
+        belief.age()
+    assert belief.value > 1.5 * before
+
+
+def test_hope_shrinks_with_evidence_and_is_none_for_the_hopeless():
+    belief = Belief(0.6)
+    at_first = belief.hopeful - belief.value
+    belief.add(0.6)
+    assert 0 < belief.hopeful - belief.value < at_first
+    hopeless = Belief(0.0)
+    assert hopeless.hopeful == 0.0
+
+
+# --- decisions -----------------------------------------------------------------------------------
+
+
+def tuned(level_ms=0.8, root_ms=1.0) -> AutoPolicy:
+    costs = RoundCosts({1: 4.0, 24: 7.5}, root_ms, {1: level_ms, 4: level_ms}, 0.5, 0.3)
+    return AutoPolicy(True, True, {1: costs}, "a test")
+
+
+def test_known_costs_decide_the_first_round():
+    nothing = torch.zeros(1, 0)
+    assert tuned().wants_draft(nothing)
+    assert not tuned(level_ms=12.0, root_ms=12.0).wants_draft(nothing)
+
+
+def test_wide_verifications_must_pay():
+    likely = torch.tensor([[0.0, *[-0.2] * 11, *[-9.0] * 20]])
+    assert tuned().nodes_to_verify(likely) == 12
+    unlikely = torch.tensor([[0.0, *[-9.0] * 12]])
+    assert tuned().nodes_to_verify(unlikely) == 1
+
+
+def test_describe_names_the_numbers():
+    text = tuned().describe()
+    for part in ("0.233 tokens/ms", "costs: a test", "plain 0.233", "chain of", "tree of", "best"):
+        assert part in text, part
+    assert "nothing measured yet" in AutoPolicy(True, True).describe()
+
+
+# --- recording -----------------------------------------------------------------------------------
+
+
+def recorded(spec) -> int:
+    return sum(r.replay is not None for r in spec._target._recordings.values())
+
+
+def test_short_texts_do_not_pay_for_recordings():
+    """Recording takes as long as some dozen calls, so a text of eight tokens is not recorded, one
+    of sixty is, and so are many of eight."""
+    target, _ = tiny_pair("llama")
+    (ids,) = texts(1)
+    short, long = (TreeSpeculator(target, None) for _ in range(2))
+    short.generate(ids, max_new_tokens=8, do_sample=False)
+    long.generate(ids, max_new_tokens=60, do_sample=False)
+    assert recorded(short) == 0 and recorded(long) == 1
+    for _ in range(3):
+        short.generate(ids, max_new_tokens=8, do_sample=False)
+    assert recorded(short) == 1
+
+
+def test_warming_up_records_at_once():
+    target, _ = tiny_pair("llama")
+    spec = TreeSpeculator(target, None)
+    spec.warmup(max_length=16)
+    assert recorded(spec) == 1
+
+
+def test_the_draft_reads_the_prompt_only_when_asked(monkeypatch):
+    target, draft = tiny_pair("llama")
+    spec = TreeSpeculator(target, draft)
+    (ids,) = texts(1)
+    monkeypatch.setattr(spec._policy, "wants_draft", lambda scores: False)
+    spec.generate(ids, max_new_tokens=20, do_sample=False)
+    assert spec._model.cache.prefix_lens == [0]

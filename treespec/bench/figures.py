@@ -1,0 +1,150 @@
+"""From samples to rows: rates, paired ratios with their intervals, and where the time goes. Pure
+Python: a record read from JSON is all it needs."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from typing import Any
+
+BASE = "transformers plain"
+PARTS = ("draft", "verify", "commit")
+
+
+def percentile(values: list[float], share: float) -> float:
+    """The value below which `share` of the values lie, interpolated."""
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+def paired_ratio(
+    ours: list[dict], base: list[dict], draws: int = 2000
+) -> tuple[float, float | None, float | None]:
+    """Tokens per second of one method over those of another on the same tasks.
+
+    Args:
+        ours, base: samples, task by task in the same order.
+        draws: bootstrap draws, of tasks with both their samples, seeded.
+
+    Returns:
+        The ratio of all tokens over all seconds, and its 2.5 % and 97.5 % points, which one task
+            alone does not have.
+    """
+
+    def ratio(places: list[int]) -> float:
+        mine = sum(ours[k]["new_tokens"] for k in places) / sum(ours[k]["seconds"] for k in places)
+        theirs = sum(base[k]["new_tokens"] for k in places)
+        return mine / (theirs / sum(base[k]["seconds"] for k in places))
+
+    count = len(ours)
+    if count == 1:
+        return ratio([0]), None, None
+    generator = random.Random(0)
+    drawn = [ratio(generator.choices(range(count), k=count)) for _ in range(draws)]
+    return ratio(list(range(count))), percentile(drawn, 0.025), percentile(drawn, 0.975)
+
+
+def row(method: dict[str, Any], samples: list[dict], base: list[dict]) -> dict[str, Any]:
+    """One row: a method's samples beside those of plain generation on the same tasks.
+
+    Args:
+        method: `name`, `ours`, `family`, `sources` and `shape` as the record holds them.
+        samples, base: task by task in the same order.
+    """
+    seconds = sum(sample["seconds"] for sample in samples)
+    tokens = sum(sample["new_tokens"] for sample in samples)
+    rates = [sample["new_tokens"] / sample["seconds"] for sample in samples]
+    ratio, low, high = paired_ratio(samples, base)
+    known = [sample["identical"] for sample in samples if sample["identical"] is not None]
+    gaps = [sample["logit_gap"] for sample in samples if sample.get("logit_gap") is not None]
+    figures = {
+        **method,
+        "samples": len(samples),
+        "tokens_per_second": tokens / seconds,
+        "median_tokens_per_second": statistics.median(rates),
+        "p20_tokens_per_second": percentile(rates, 0.2),
+        "p80_tokens_per_second": percentile(rates, 0.8),
+        "speedup": ratio,
+        "speedup_low": low,
+        "speedup_high": high,
+        "tokens_per_round": None,
+        "efficiency": None,
+        "acceptance_rate": None,
+        "round_ms": None,
+        "identical": sum(known) if known else None,
+        "compared": len(known),
+        "largest_logit_gap": max(gaps, default=None),
+    }
+    rounds = [sample["row_rounds"] for sample in samples]
+    if None not in rounds and sum(rounds):
+        figures["tokens_per_round"] = tokens / sum(rounds)
+        figures["efficiency"] = ratio / figures["tokens_per_round"]
+    stats = [sample["stats"] for sample in samples if sample["stats"]]
+    if stats:
+        drafted = sum(share["drafted_nodes"] for share in stats)
+        accepted = sum(share["accepted"] for share in stats)
+        forwards = sum(share["rounds"] for share in stats)
+        figures["acceptance_rate"] = accepted / drafted if drafted else None
+        figures["round_ms"] = {
+            part: sum(share[f"{part}_ms"] for share in stats) / forwards for part in PARTS
+        }
+    return figures
+
+
+def rows(record: dict[str, Any], **cell: Any) -> list[dict[str, Any]]:
+    """Every method's row over the tasks of a cell, in the record's order.
+
+    A turn that was cut short counts for none: every row stands on the same tasks.
+
+    Args:
+        record: of a run.
+        **cell: what a task must have, as `temperature=0.7, batch=4, category="code"`; nothing for
+            all tasks.
+    """
+    tasks = {
+        task["id"] for task in record["tasks"] if all(task[key] == cell[key] for key in cell)
+    }
+    by_method: dict[str, dict[str, dict]] = {}
+    for sample in record["samples"]:
+        if sample["task"] in tasks:
+            by_method.setdefault(sample["method"], {})[sample["task"]] = sample
+    if BASE not in by_method:
+        return []
+    whole = [task for task in by_method[BASE] if all(task in mine for mine in by_method.values())]
+    base = [by_method[BASE][task] for task in whole]
+    return [
+        row(method, [by_method[method["name"]][task] for task in whole], base)
+        for method in record["methods"]
+        if whole and method["name"] in by_method
+    ]
+
+
+def cells(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The (temperature, batch) cells of a record that hold samples, in order."""
+    found: list[dict[str, Any]] = []
+    with_samples = {sample["task"] for sample in record["samples"]}
+    for task in record["tasks"]:
+        cell = {"temperature": task["temperature"], "batch": task["batch"]}
+        if task["id"] in with_samples and cell not in found:
+            found.append(cell)
+    return found
+
+
+def categories(record: dict[str, Any]) -> list[str]:
+    """The categories of the tasks, in order."""
+    return list(dict.fromkeys(task["category"] for task in record["tasks"]))
+
+
+def all_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows a finished record keeps: one per method and cell, and for more than one category one
+    per category too."""
+    names = categories(record)
+    found = []
+    for cell in cells(record):
+        for category in [None, *(names if len(names) > 1 else [])]:
+            place = {**cell, "category": category} if category else cell
+            found += [{**place, "category": category, **one} for one in rows(record, **place)]
+    return found
