@@ -2,8 +2,8 @@
 without a GPU.
 
     python benchmarks/kernel_sheet.py
-        write benchmarks/sheets/tree_attention.{json,md}, and the choices that were not taken to
-        tree_attention_alternatives.{json,md}
+        write benchmarks/sheets/tree_attention.{json,md}, the choices that were not taken to
+        tree_attention_alternatives.{json,md}, and the kernels of a round to small_kernels.{json,md}
     python benchmarks/kernel_sheet.py --check
         compile again and compare with what is committed
     python benchmarks/kernel_sheet.py --check-compiles
@@ -26,11 +26,13 @@ for folder in (ROOT / "benchmarks", ROOT / "tests" / "kernels", ROOT):
     sys.path.insert(0, str(folder))
 
 import compile_tools  # noqa: E402
+import small_kernel_builders  # noqa: E402
 import tree_attention_cases  # noqa: E402
 from treespec.kernels import tuning  # noqa: E402
 
 SHEET = ROOT / "benchmarks" / "sheets" / "tree_attention.json"
 ALTERNATIVES = SHEET.with_name("tree_attention_alternatives.json")
+SMALL = SHEET.with_name("small_kernels.json")
 PREFIX_LEN = 8192 - 64
 LABEL = "modelled, not measured"
 
@@ -123,6 +125,20 @@ def alternative_rows() -> list[dict]:
     return [
         {"kernel": name, "capability": capability, **compiled}
         for (name, capability), compiled in zip(jobs, results)
+    ]
+
+
+def small_rows() -> list[dict]:
+    """The kernels of a round, compiled for every chip."""
+    pairs = [
+        (name, capability)
+        for name in small_kernel_builders.VARIANTS
+        for capability in compile_tools.CAPABILITIES
+    ]
+    results = compile_tools.run_jobs([small_kernel_builders.job_of(*pair) for pair in pairs])
+    return [
+        {"kernel": name, "capability": capability, **compiled}
+        for (name, capability), compiled in zip(pairs, results)
     ]
 
 
@@ -235,6 +251,37 @@ def alternatives_markdown(version: str, rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def small_markdown(version: str, rows: list[dict]) -> str:
+    """The kernels of a round as a page."""
+    lines = [
+        "# The small kernels of a round, compiled",
+        "",
+        f"Written by `python benchmarks/kernel_sheet.py` with Triton {version}; do not edit.",
+        "`wide loads` are 16-byte global loads and asynchronous copies in the PTX; the loop is the",
+        "one with most instructions of interest, per warp and iteration.",
+        "",
+        "| kernel | chip | registers | spills | shared KiB | warps | blocks/SM | wide loads "
+        "| byte accesses | instructions of a loop iteration |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        mix = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in row["loop"].items())
+        cells = [
+            row["kernel"],
+            f"sm_{row['capability']}",
+            row["registers"],
+            row["spill_bytes"],
+            f"{row['shared_bytes'] / 1024:.1f}",
+            row["num_warps"],
+            row["blocks_per_sm"],
+            row["wide_loads"],
+            row["byte_accesses"],
+            mix,
+        ]
+        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def write(path: Path, version: str, rows: list[dict], page: str, **more: str) -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"triton": version, **more, "rows": rows}, indent=1) + "\n")
@@ -263,14 +310,17 @@ def main(argv: list[str] | None = None) -> int:
     version, rows = triton_version(), build_rows()
     found = faults(rows)
     if not options.check_compiles:
-        alternatives = alternative_rows()
+        alternatives, small = alternative_rows(), small_rows()
+        found += [line for line in faults(small) if "byte accesses" not in line]
     if options.check:
+        found += outdated(SMALL, version, small, small_markdown)
         found += outdated(SHEET, version, rows, markdown)
         found += outdated(ALTERNATIVES, version, alternatives, alternatives_markdown)
     elif not options.check_compiles:
         write(SHEET, version, rows, markdown(version, rows), label=LABEL)
         page = alternatives_markdown(version, alternatives)
         write(ALTERNATIVES, version, alternatives, page)
+        write(SMALL, version, small, small_markdown(version, small))
     print(f"Triton {version}: {len(rows)} kernels compiled, {len(found)} faults")
     for line in found:
         print(f"  {line}")

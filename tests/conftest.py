@@ -24,6 +24,14 @@ def no_tuning_files(tmp_path_factory):
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def record_at_once():
+    """The tests' texts are short, and recorded forwards are to be tested on them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("treespec.model._CALLS_THAT_PAY", 0)
+        yield
+
+
 @pytest.fixture(params=KINDS)
 def kind(request) -> str:
     return request.param

@@ -360,9 +360,14 @@ def recorded(spec) -> int:
     return sum(r.replay is not None for r in spec._target._recordings.values())
 
 
-def test_short_texts_do_not_pay_for_recordings():
-    """Recording takes as long as some dozen calls, so a text of eight tokens is not recorded, one
-    of sixty is, and so are many of eight."""
+@pytest.fixture
+def recordings_cost(monkeypatch):
+    """As much as a dozen calls save, as ever outside the tests."""
+    monkeypatch.setattr("treespec.model._CALLS_THAT_PAY", 12)
+
+
+def test_short_texts_do_not_pay_for_recordings(recordings_cost):
+    """A text of eight tokens is not recorded, one of sixty is, and so are many of eight."""
     target, _ = tiny_pair("llama")
     (ids,) = texts(1)
     short, long = (TreeSpeculator(target, None) for _ in range(2))
@@ -374,7 +379,7 @@ def test_short_texts_do_not_pay_for_recordings():
     assert recorded(short) == 1
 
 
-def test_warming_up_records_at_once():
+def test_warming_up_records_at_once(recordings_cost):
     target, _ = tiny_pair("llama")
     spec = TreeSpeculator(target, None)
     spec.warmup(max_length=16)

@@ -112,8 +112,9 @@ class RunningTime:
         if self.value is None or (settled and not self._settled):
             self.value, self._settled = milliseconds, settled
         elif settled:
-            # a preempted process can be off by any factor; a faster time is always believed
-            self.value += 0.1 * (min(milliseconds, 2.0 * self.value) - self.value)
+            # a preempted process can be off by any factor; clipped, the mean is nearly the median
+            clipped = min(max(milliseconds, 0.7 * self.value), 1.4 * self.value)
+            self.value += 0.1 * (clipped - self.value)
         elif not self._settled:
             self.value = min(self.value, milliseconds)
 
@@ -142,7 +143,7 @@ class VerifyCosts:
         if usual is None:
             self.times[num_nodes] = milliseconds / self.pace
             return
-        ratio = min(milliseconds / usual, 2.0 * self.pace)
+        ratio = min(max(milliseconds / usual, 0.7 * self.pace), 1.4 * self.pace)
         self.pace += 0.1 * (ratio - self.pace)
         self.times[num_nodes] += 0.05 * (usual * ratio / self.pace - usual)
 

@@ -439,11 +439,19 @@ class TreeSpeculator:
         for batch in sizes:
             ids = pattern.repeat(batch, 1)
             request, _ = self._prepare(
-                ids, None, None, None, {"max_new_tokens": new_tokens, "do_sample": False}
+                ids,
+                torch.ones_like(ids),  # the pattern may hold the padding token
+                None,
+                None,
+                {"max_new_tokens": new_tokens, "do_sample": False},
             )
             request.eos_ids, request.warming = frozenset(), True
             for _ in self._engine.run(request):
                 pass
+            if self.shape is None and self._engine.sources:
+                from treespec import tuner
+
+                tuner.record(self, batch)
 
     def profile(self, input_ids: torch.Tensor, max_new_tokens: int = 64) -> ProfileReport:
         """Measures where the time of a round goes on this machine, for this prompt.

@@ -377,6 +377,13 @@ def shapes(spec: TreeSpeculator) -> list[Shape]:
     return listed
 
 
+def record(spec: TreeSpeculator, rows: int) -> None:
+    """Makes the forwards of every shape often enough that they are recorded and checked."""
+    bench = Bench(spec, rows)
+    for shape in shapes(spec):
+        bench.time(shape, 1)
+
+
 def measure(
     spec: TreeSpeculator, rows: int = 1, advance: Callable[[str], None] | None = None
 ) -> RoundCosts:

@@ -358,3 +358,66 @@ def merge(capability, num=4):
     return _builder(
         "tree_building", "merge_kernel", pointers, {"num": "i32", "length": "i32"}, constants, warps
     ) | {"capability": capability}
+
+
+# Builder arguments, and the least number of 16-byte loads its PTX must have.
+VARIANTS = {
+    "greedy_bf16": ("choose", {}, 4),
+    "greedy_fp32": ("choose", {"dtype": "fp32"}, 4),
+    "coupled_bf16": ("choose", {"sample": True}, 4),
+    "coupled_cut": ("choose", {"sample": True, "cut": True}, 4),
+    "walk_64": ("walk", {"nodes": 64}, 0),
+    "walk_256": ("walk", {}, 0),
+    "gumbel": ("gumbel", {}, 0),
+    "cut": ("cut", {"draft": False}, 4),
+    "normaliser": ("cut", {"filters": False}, 4),
+    "traversal": ("rejection", {}, 4),
+    "without_replacement": ("rejection", {"traversal": False, "filters": False}, 4),
+    "ancestor_bits": ("ancestry", {}, 0),
+    "node_depths": ("ancestry", {"bits": False}, 0),
+    "select_2048": ("select", {}, 0),
+    "merge_4": ("merge", {}, 0),
+    "merge_64": ("merge", {"num": 64}, 0),
+    "children_top": ("children", {}, 4),
+    "children_coupled_64": ("children", {"drafting": "coupled", "kids": 64}, 4),
+    "children_coupled_fp32": ("children", {"drafting": "coupled", "dtype": "fp32"}, 4),
+    "children_sampled_cut": ("children", {"drafting": "sampled", "filters": True}, 4),
+    "children_join": ("children_join", {}, 0),
+    "children_join_largest": ("children_join", {"sampled": True, "parts": 64, "kids": 64}, 0),
+    "scan": ("scan", {}, 0),
+    "continue": ("continuation", {}, 0),
+    "compact_128": ("compact", {"columns": 64}, 1),
+    "compact_80": ("compact", {"columns": 64, "word": 16}, 1),
+    "compact_bytes": ("compact", {"word": 1}, 0),
+    "rotary_128": ("rotary", {}, 0),
+    "rotary_80_interleaved": ("rotary", {"head_dim": 80, "interleaved": True}, 0),
+}
+# One variant of each kernel, which tests compile for every chip; the others for Hopper alone, as a
+# build takes about a second.
+EVERYWHERE = (
+    "greedy_bf16",
+    "coupled_cut",
+    "walk_64",
+    "cut",
+    "traversal",
+    "select_2048",
+    "merge_4",
+    "children_sampled_cut",
+    "children_join",
+    "compact_128",
+    "rotary_128",
+    "gumbel",
+    "normaliser",
+    "ancestor_bits",
+    "scan",
+    "continue",
+)
+
+
+def job_of(variant: str, capability: int) -> dict:
+    """What `compile_tools.run_jobs` builds a variant from."""
+    builder, arguments, _ = VARIANTS[variant]
+    return {
+        "builder": f"small_kernel_builders:{builder}",
+        "arguments": {"capability": capability, **arguments},
+    }

@@ -117,25 +117,34 @@ def test_xformers_is_called_as_documented(monkeypatch):
     assert bench.check(made, bench.xformers_tree(made)) <= bench.TOLERANCE[made.dtype]
 
 
-def test_rounds_alternate_and_are_summed_up():
-    made, calls = problem("demo-target"), []
-    stats = SimpleNamespace(stats=SimpleNamespace(data=[]))
+def test_rounds_alternate_and_are_summed_up(monkeypatch):
+    made, order, now = problem("demo-target"), [], 0.0
+
+    def lasting(name, seconds):
+        def build():
+            nonlocal now
+            order.append(name)
+            # the first five rounds of each warm up
+            now += 100.0 if order.count(name) <= 5 else seconds
+
+        return build, lambda mask, k, v: None
 
     def pedantic(run, args, setup, rounds):
         for _ in range(rounds):
             setup()
+            started = now
             run(*args)
-            stats.stats.data.append(0.5)
+            stats.stats.data.append(now - started)
 
-    fake = SimpleNamespace(pedantic=pedantic, stats=stats)
-    build, layer = bench.treespec_torch(made)
-    provider = (lambda: (calls.append("mask"), build())[1], layer)
-    record = bench.time_rounds(fake, made, provider, rounds=3)
-    # five warm-ups, three rounds, three timings of the mask alone
-    assert len(calls) == 11
+    stats = SimpleNamespace(stats=SimpleNamespace(data=[]))
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(bench, "sdpa_mask", lambda problem: lasting("theirs", 2.0))
+    benchmark = SimpleNamespace(pedantic=pedantic, stats=stats)
+    record = bench.time_rounds(benchmark, made, lasting("ours", 0.5), rounds=3)
+    assert order == ["theirs", "ours"] * 8 + ["ours"] * 3
+    assert record["ratio"] == record["ratio_p20"] == record["ratio_p80"] == 0.25
     assert record["median_us"] == pytest.approx(0.5e6 / bench.LAYERS)
-    assert record["ratio"] > 1 and record["ratio_p20"] <= record["ratio"] <= record["ratio_p80"]
-    assert record["mask_us"] > 0
+    assert record["mask_us"] == pytest.approx(0.5e6)
 
 
 def test_the_page_shows_the_committed_figures():

@@ -3,58 +3,15 @@ words."""
 
 from __future__ import annotations
 
+import json
+from importlib.metadata import version
+from pathlib import Path
+
 import pytest
 from compile_tools import CAPABILITIES, SHARED_LIMITS, run_jobs
+from small_kernel_builders import EVERYWHERE, VARIANTS, job_of
 
 pytest.importorskip("triton")
-
-# Builder arguments, and the least number of 16-byte loads its PTX must have.
-VARIANTS = {
-    "greedy_bf16": ("choose", {}, 4),
-    "greedy_fp32": ("choose", {"dtype": "fp32"}, 4),
-    "coupled_bf16": ("choose", {"sample": True}, 4),
-    "coupled_cut": ("choose", {"sample": True, "cut": True}, 4),
-    "walk_64": ("walk", {"nodes": 64}, 0),
-    "walk_256": ("walk", {}, 0),
-    "gumbel": ("gumbel", {}, 0),
-    "cut": ("cut", {"draft": False}, 4),
-    "normaliser": ("cut", {"filters": False}, 4),
-    "traversal": ("rejection", {}, 4),
-    "without_replacement": ("rejection", {"traversal": False, "filters": False}, 4),
-    "ancestor_bits": ("ancestry", {}, 0),
-    "node_depths": ("ancestry", {"bits": False}, 0),
-    "select_2048": ("select", {}, 0),
-    "merge_4": ("merge", {}, 0),
-    "merge_64": ("merge", {"num": 64}, 0),
-    "children_top": ("children", {}, 4),
-    "children_coupled_64": ("children", {"drafting": "coupled", "kids": 64}, 4),
-    "children_coupled_fp32": ("children", {"drafting": "coupled", "dtype": "fp32"}, 4),
-    "children_sampled_cut": ("children", {"drafting": "sampled", "filters": True}, 4),
-    "children_join": ("children_join", {}, 0),
-    "children_join_largest": ("children_join", {"sampled": True, "parts": 64, "kids": 64}, 0),
-    "scan": ("scan", {}, 0),
-    "continue": ("continuation", {}, 0),
-    "compact_128": ("compact", {"columns": 64}, 1),
-    "compact_80": ("compact", {"columns": 64, "word": 16}, 1),
-    "compact_bytes": ("compact", {"word": 1}, 0),
-    "rotary_128": ("rotary", {}, 0),
-    "rotary_80_interleaved": ("rotary", {"head_dim": 80, "interleaved": True}, 0),
-}
-# Hopper, and one variant of each kernel on the other chips: a build takes about a second.
-EVERYWHERE = (
-    "greedy_bf16",
-    "coupled_cut",
-    "walk_64",
-    "cut",
-    "traversal",
-    "select_2048",
-    "merge_4",
-    "children_sampled_cut",
-    "children_join",
-    "compact_128",
-    "rotary_128",
-)
-
 
 @pytest.fixture(scope="module")
 def built() -> dict[tuple[str, int], dict]:
@@ -62,14 +19,7 @@ def built() -> dict[tuple[str, int], dict]:
     pairs += [
         (name, capability) for name in EVERYWHERE for capability in CAPABILITIES if capability != 90
     ]
-    jobs = [
-        {
-            "builder": f"small_kernel_builders:{VARIANTS[name][0]}",
-            "arguments": {"capability": chip, **VARIANTS[name][1]},
-        }
-        for name, chip in pairs
-    ]
-    return dict(zip(pairs, run_jobs(jobs)))
+    return dict(zip(pairs, run_jobs([job_of(*pair) for pair in pairs])))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -82,6 +32,18 @@ def test_compiles_without_spills(built, variant):
         assert result["shared_bytes"] <= SHARED_LIMITS[capability]
         assert result["blocks_per_sm"] >= 1
         assert result["wide_loads"] >= VARIANTS[name][2], f"sm_{capability}: no 16-byte loads"
+
+
+def test_the_committed_sheet_is_up_to_date(built):
+    """`python benchmarks/kernel_sheet.py` writes it."""
+    folder = Path(__file__).resolve().parents[2] / "benchmarks" / "sheets"
+    sheet = json.loads((folder / "small_kernels.json").read_text())
+    if sheet["triton"] != version("triton"):
+        pytest.skip(f"the sheet is for Triton {sheet['triton']}")
+    rows = {(row.pop("kernel"), row.pop("capability")): row for row in sheet["rows"]}
+    assert {name for name, _ in rows} == set(VARIANTS)
+    assert {chip for _, chip in rows} == set(CAPABILITIES)
+    assert {pair: rows[pair] for pair in built} == built
 
 
 @pytest.mark.parametrize("variant", ["compact_128", "compact_80"])

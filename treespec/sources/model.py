@@ -86,4 +86,5 @@ class ModelSource(StepwiseSource):
 
 
 def _bucket(count: int) -> int:
-    return count if count <= 8 else -(-count // 8) * 8
+    """One of few widths, each of which is recorded: 1, 2, 4, then multiples of 8."""
+    return 1 << (count - 1).bit_length() if count <= 8 else -(-count // 8) * 8
