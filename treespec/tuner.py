@@ -36,7 +36,7 @@ CACHE_VARIABLE = "TREESPEC_CACHE_DIR"
 NODE_SIZES = (1, 4, 8, 12, 16, 24, 32, 48, 64)
 _WIDTHS = (1, 4)
 _PREFIX = 256
-_WARM_ROUNDS, _ROUNDS = 4, 9
+_WARM_ROUNDS, _ROUNDS, _PASSES = 4, 5, 3
 
 
 class TuningError(Exception):
@@ -299,6 +299,10 @@ class Timing:
     total_ms: float
 
 
+def _parts(timing: Timing) -> tuple[float, ...]:
+    return timing.draft_ms, timing.verify_ms, timing.rest_ms, timing.total_ms
+
+
 class Bench:
     """Times rounds of given shapes with a speculator's own models.
 
@@ -336,6 +340,21 @@ class Bench:
             statistics.median(o.total_ms - o.draft_ms - o.verify_ms for o in outcomes),
             statistics.median(o.total_ms for o in outcomes),
         )
+
+    def time_all(
+        self, listed: list[Shape], advance: Callable[[str], None] | None = None
+    ) -> dict[Shape, Timing]:
+        """Times all shapes in turns, several times: a busy spell hits one pass, not one shape."""
+        passes: dict[Shape, list[Timing]] = {shape: [] for shape in listed}
+        for turn in range(_PASSES):
+            for shape in listed:
+                passes[shape].append(self.time(shape))
+                if advance and turn == _PASSES - 1:
+                    advance(str(shape))
+        return {
+            shape: Timing(*(statistics.median(parts) for parts in zip(*map(_parts, found))))
+            for shape, found in passes.items()
+        }
 
     def _run(self, shape: Shape, rounds: int) -> list[Outcome]:
         from treespec.engine import Engine
@@ -394,11 +413,8 @@ def measure(
         rows: sequences at a time.
         advance: called with the name of every shape that was timed.
     """
-    bench, timed = Bench(spec, rows), {}
-    for shape in shapes(spec):
-        timed[shape] = bench.time(shape)
-        if advance:
-            advance(str(shape))
+    listed = shapes(spec)
+    timed = Bench(spec, rows).time_all(listed, advance)
     plain = timed[Shape(1)]
     root, levels = 0.0, {}
     if spec._model is not None:
@@ -431,12 +447,12 @@ def check_shapes(spec: TreeSpeculator) -> list[Shape]:
 
 def check(spec: TreeSpeculator, costs: RoundCosts, rows: int) -> list[tuple[Shape, float, float]]:
     """Per shape the predicted and the measured milliseconds of a round."""
-    bench = Bench(spec, rows)
+    timed = Bench(spec, rows).time_all(check_shapes(spec))
     return [
         (
             shape,
             costs.predict_round_ms(shape.num_nodes, shape.levels, shape.width, shape.lookup),
-            bench.time(shape).total_ms,
+            timing.total_ms,
         )
-        for shape in check_shapes(spec)
+        for shape, timing in timed.items()
     ]
