@@ -2,16 +2,20 @@
 of a tree.
 
 Row `r` of a sequence holds the token at position `r` while `r < prefix_lens[b]`; rows after that
-hold nodes in the order they were forwarded. All layers of one kind live in one tensor, so
-committing a path moves rows of every layer at once, and views of it never change address while the
-batch and the capacity stay.
+hold nodes in the order they were forwarded. The keys of all layers of one kind live in one tensor,
+and so do their values, so committing a path moves rows of every layer at once, and views of it
+never change address while the batch and the capacity stay.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+
+from treespec.kernels import ops
 
 
 @dataclass(frozen=True)
@@ -33,22 +37,25 @@ class TreeCache:
         prefix_lens: committed rows of every sequence, on the host.
     """
 
-    def __init__(self, specs: list[LayerSpec], batch: int, capacity: int) -> None:
+    def __init__(
+        self, specs: list[LayerSpec], batch: int, capacity: int, implementation: str = "auto"
+    ) -> None:
         self.specs = specs
         self.batch = batch
         self.capacity = capacity
         self.prefix_lens = [0] * batch
-        kinds: dict[tuple, int] = {}
-        for spec in specs:
-            for dim in (spec.key_dim, spec.value_dim):
-                kind = (spec.num_heads, dim, spec.dtype, spec.device)
-                kinds[kind] = kinds.get(kind, 0) + 1
+        self._implementation = implementation
         # zeros: rows no sequence ever wrote are multiplied by weight 0, which must not meet a NaN
         self._storage = {
-            kind: torch.zeros(
-                count, batch, kind[0], capacity, kind[1], dtype=kind[2], device=kind[3]
+            spec: tuple(
+                torch.zeros(
+                    (batch, specs.count(spec), spec.num_heads, capacity, dim),
+                    dtype=spec.dtype,
+                    device=spec.device,
+                )
+                for dim in (spec.key_dim, spec.value_dim)
             )
-            for kind, count in kinds.items()
+            for spec in dict.fromkeys(specs)
         }
         self._active = batch
         self._set_views()
@@ -58,11 +65,14 @@ class TreeCache:
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
         for spec in self.specs:
-            for dim, views in ((spec.key_dim, self.keys), (spec.value_dim, self.values)):
-                kind = (spec.num_heads, dim, spec.dtype, spec.device)
-                views.append(self._storage[kind][used[kind], : self._active])
-                used[kind] += 1
+            for storage, views in zip(self._storage[spec], (self.keys, self.values)):
+                views.append(storage[: self._active, used[spec]])
+            used[spec] += 1
         self._layers = {id(keys): layer for layer, keys in enumerate(self.keys)}
+
+    def _tensors(self) -> Iterator[torch.Tensor]:
+        """All rows, `[B, layers, H, S, D]` each."""
+        return itertools.chain.from_iterable(self._storage.values())
 
     def layer_of(self, keys: torch.Tensor) -> int | None:
         """Which layer's view `keys` is; None for any other tensor."""
@@ -79,18 +89,18 @@ class TreeCache:
         """Zeroes all rows behind the prefixes: a NaN left there would spoil sums even with weight
         0."""
         for row, prefix in enumerate(self.prefix_lens):
-            for storage in self._storage.values():
-                storage[:, row, :, prefix:].zero_()
+            for storage in self._tensors():
+                storage[row, :, :, prefix:].zero_()
 
     def copy_rows(self, row: int, length: int) -> list[torch.Tensor]:
         """The first `length` rows of a sequence, for `paste_rows`."""
-        return [storage[:, row, :, :length].clone() for storage in self._storage.values()]
+        return [storage[row, :, :, :length].clone() for storage in self._tensors()]
 
     def paste_rows(self, row: int, rows: list[torch.Tensor]) -> None:
         """Begins a sequence with copied rows."""
         length = rows[0].shape[2]
-        for storage, copied in zip(self._storage.values(), rows):
-            storage[:, row, :, :length] = copied
+        for storage, copied in zip(self._tensors(), rows):
+            storage[row, :, :, :length] = copied
         self.prefix_lens[row] = length
 
     def drop_row(self, row: int) -> None:
@@ -98,8 +108,8 @@ class TreeCache:
         last = self._active - 1
         if row != last:
             length = self.prefix_lens[last]
-            for storage in self._storage.values():
-                storage[:, row, :, :length] = storage[:, last, :, :length]
+            for storage in self._tensors():
+                storage[row, :, :, :length] = storage[last, :, :, :length]
         self.prefix_lens[row] = self.prefix_lens[last]
         self.prefix_lens.pop()
         self._active = last
@@ -108,13 +118,25 @@ class TreeCache:
     def commit(self, paths: list[list[int]]) -> None:
         """Keeps, for every sequence, the node rows `paths[b]` (offsets past its prefix, ascending)
         behind its prefix."""
-        for row, path in enumerate(paths):
-            start = self.prefix_lens[row]
-            self.prefix_lens[row] = start + len(path)
-            moved = next((k for k, node in enumerate(path) if node != k), len(path))
-            if moved == len(path):
-                continue
-            for storage in self._storage.values():
-                source = torch.tensor(path[moved:], device=storage.device) + start
-                rows = storage[:, row].index_select(2, source)
-                storage[:, row, :, start + moved : start + len(path)] = rows
+        starts = list(self.prefix_lens)
+        self.prefix_lens[:] = [start + len(path) for start, path in zip(starts, paths)]
+        if all(path == list(range(len(path))) for path in paths):
+            return
+        # a sequence that keeps nothing leaves its first node where it is
+        kept = [path or [0] for path in paths]
+        longest = max(map(len, kept))
+        padded = torch.tensor([path + [-1] * (longest - len(path)) for path in kept])
+        ends = torch.tensor([len(path) - 1 for path in kept])
+        for device in {spec.device for spec in self._storage}:
+            layers = [
+                (keys[: self._active].flatten(1, 2), values[: self._active].flatten(1, 2))
+                for spec, (keys, values) in self._storage.items()
+                if spec.device == device
+            ]
+            ops.compact_kv(
+                layers,
+                padded.to(device),
+                ends.to(device),
+                torch.tensor(starts, device=device),
+                implementation=self._implementation,
+            )

@@ -256,7 +256,7 @@ class TreeModel:
             self.cache.reset()
         else:
             self.cache = None
-            self.cache = TreeCache(self._specs, batch, capacity)
+            self.cache = TreeCache(self._specs, batch, capacity, self.implementation)
         self._facade = hf.cache_facade(
             self.cache, self._layer_rows, self._placeholders, whole=self.route == "interface"
         )
