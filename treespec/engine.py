@@ -155,8 +155,9 @@ class Engine:
         left = request.max_new_tokens - min(len(row.new_tokens) for row in self._active)
         if not self.sources:
             return left
+        written = sum(len(row.new_tokens) for row in self._active) / len(self._active)
         # two tokens a round until something is known
-        return left * (rounds + 1) / (sum(len(row.new_tokens) for row in self._active) + 2)
+        return left * (rounds + 1) / (written + 2)
 
     def _drop_finished(self, picker: TokenPicker) -> None:
         for row in reversed(range(len(self._active))):
