@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM
 
 import treespec.engine
 from treespec import TreeSpeculator
-from treespec.auto import AutoPolicy, Belief, RunningTime, VerifyCosts
+from treespec.auto import AutoPolicy, Explorer, Purse
+from treespec.beliefs import Belief
+from treespec.costs import MeasuredCosts, RunningTime, VerifyCosts
 from treespec.sources import OneShotSource, Proposal
 from treespec.tree import Growth
 from treespec.whatif import RoundCosts
@@ -277,6 +279,69 @@ def test_unrecorded_forwards_are_only_believed_until_there_is_better():
     assert costs.at(8) == pytest.approx(11.0)
     costs.add(12, 5.0)
     assert costs.at(12) == pytest.approx(5.0) and costs.at(8) < 5.0
+
+
+def test_a_guess_stands_in_for_a_cost_that_is_not_settled():
+    """The first asks of a draft take in recordings; they must not be the last."""
+    time = RunningTime()
+    assert time.expected(2.0) == 2.0
+    time.add(30.0, settled=False)
+    assert time.expected(2.0) == 2.0 and time.expected(40.0) == 30.0
+    time.add(3.0)
+    assert time.expected(2.0) == 3.0
+
+
+def test_plain_decoding_is_measured_first(timed):
+    """Nothing may be held against a guess of what plain decoding costs: here a further node costs
+    as much as the first, which wider verifications alone do not tell."""
+    target, draft = tiny_pair("llama")
+    spec = timed(target, draft, node_ms=PLAIN_MS)
+    sizes = []
+    observe = spec._policy.observe
+    spec._policy.observe = lambda outcome: sizes.append(outcome.num_nodes) or observe(outcome)
+    (ids,) = texts(1)
+    spec.generate(ids, max_new_tokens=20, do_sample=False)
+    assert sizes[0] == 1
+    assert spec._policy.now.verify.at(1) == pytest.approx(PLAIN_MS)
+
+
+def test_plain_decoding_that_never_settles_does_not_hold_everything_up():
+    costs = MeasuredCosts(1)
+    waited = 0
+    while costs.needs_plain:
+        costs.verify.add(1, 20.0, settled=False)
+        costs.add_rate(1.0, 20.0)
+        waited += 1
+    assert 0 < waited < 30
+
+
+# --- exploring -----------------------------------------------------------------------------------
+
+
+def test_trials_lose_no_more_than_their_share():
+    purse = Purse()
+    explorer = Explorer(purse)
+    lost = 0.0
+    for _ in range(2000):
+        purse.pass_time(5.0)
+        explorer.begin()
+        if explorer.allows(10.0):
+            explorer.learn(10.0)
+            lost += 10.0
+    assert 0 < lost <= 0.02 * 2000 * 5.0
+
+
+def test_trials_that_gain_go_on_and_one_that_lost_is_the_last_of_its_text():
+    purse = Purse()
+    explorer = Explorer(purse)
+    purse.pass_time(2000.0)
+    for _ in range(50):
+        assert explorer.allows(10.0)
+        explorer.learn(-4.0)
+    explorer.learn(3.0)
+    assert not explorer.allows(0.1)
+    explorer.begin()
+    assert explorer.allows(10.0)
 
 
 # --- beliefs -------------------------------------------------------------------------------------

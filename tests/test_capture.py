@@ -13,15 +13,8 @@ from lossless_checks import first_difference, prompt_batch
 from tiny_models import prompts, tiny_pair
 from torch import nn
 
-from treespec import BestFirstTree, TreeSpeculator, model
-from treespec.capture import (
-    PackedWeights,
-    Recorder,
-    RecordingRefused,
-    compile_recording,
-    opaque,
-    pack_linears,
-)
+from treespec import BestFirstTree, TreeSpeculator
+from treespec.capture import Recorder, RecordingRefused, compile_recording, opaque
 
 SHAPE = BestFirstTree(max_nodes=16, depth=4, width=4)
 
@@ -241,80 +234,6 @@ def test_changed_weights_make_a_kept_prefix_stale(own_pair):
     assert_lossless(spec)
     replace_parameter(target)
     assert_lossless(spec)
-
-
-# --- packed weights ------------------------------------------------------------------------------
-
-needs_packing = pytest.mark.skipif(
-    not PackedWeights.available(), reason="this build of torch cannot prepack weights"
-)
-
-
-@needs_packing
-@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
-def test_the_packing_budget_is_kept(own_pair, monkeypatch, share):
-    target, _ = own_pair
-    linears = [m.weight for m in target.modules() if isinstance(m, nn.Linear)]
-    size = sum(w.numel() * w.element_size() for w in linears)
-    budget = int(share * size)
-    monkeypatch.setattr(model, "_packing_budget", lambda _: budget)
-    spec = TreeSpeculator(target, "ngram", tree=SHAPE)
-    assert_lossless(spec)
-    assert replayed(spec) >= 1
-    assert spec._target._packed.bytes <= budget
-    assert (spec._target._packed.bytes == size) == (share == 1.0)
-    assert (spec._target._packed.bytes == 0) == (share == 0.0)
-
-
-@needs_packing
-def test_reset_gives_the_packed_weights_back():
-    target, draft = tiny_pair("llama")
-    spec = TreeSpeculator(target, draft, tree=SHAPE)
-    assert_lossless(spec)
-    assert spec._target._packed.bytes > 0
-    spec.reset()
-    assert (
-        spec._target._packed.bytes == 0
-        and spec._target.cache is None
-        and not spec._target._recordings
-    )
-    assert_lossless(spec)
-
-
-@needs_packing
-def test_large_models_are_not_packed():
-    class Large:
-        @staticmethod
-        def parameters():
-            return [torch.empty(3 << 30, device="meta"), torch.empty(2 << 30, device="meta")]
-
-    assert model._packing_budget(Large()) == 0
-    assert model._packing_budget(tiny_pair("llama")[0]) > 0
-
-
-@needs_packing
-def test_packed_linears_are_the_linears():
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 5, 16, generator=generator)
-    weights = [torch.randn(size, 16, generator=generator) for size in (8, 24, 8)]
-    bias = torch.randn(6, generator=generator)
-    last = torch.randn(6, 8, generator=generator)
-
-    def forward(x):
-        a, b, c = (torch.nn.functional.linear(x, weight) for weight in weights)
-        return torch.nn.functional.linear(a * b[..., :8] + c, last, bias)
-
-    with torch.inference_mode():
-        with Recorder() as recorder:
-            expected = forward(x)
-        packed = PackedWeights(1 << 20)
-        steps = pack_linears(recorder.steps, packed)
-        replay = compile_recording(steps, [x], expected)
-        assert len(steps) < len(recorder.steps), "layers of one input became one"
-        assert packed.bytes == 4 * (40 * 16 + 6 * 8)
-        other = torch.randn(1, 5, 16, generator=generator)
-        assert torch.allclose(replay(x), expected, atol=1e-5)
-        assert torch.allclose(replay(other), forward(other), atol=1e-5)
 
 
 # --- the recorder itself -------------------------------------------------------------------------

@@ -16,6 +16,8 @@ import math
 import numpy as np
 
 from treespec import whatif
+from treespec.beliefs import Belief
+from treespec.costs import FRONTIER_WIDTH, MeasuredCosts, RunningTime
 from treespec.policy import (
     COUPLED_SHARPNESS,
     GREEDY_SHARPNESS,
@@ -28,13 +30,8 @@ from treespec.whatif import RoundCosts
 
 # Few widths, so that each is recorded and measured early.
 _NODE_SIZES = (1, 4, 8, 12, 16, 24, 32, 48, 64)
-_FRONTIER_WIDTH = 4
 _CHILDREN = 4
 _LEAST_PROBABILITY = 0.02
-# Rounds of plain decoding that the usual rate of a text weighs as much as.
-_RATE_ROUNDS = 3.0
-# How far above its mean a share is taken to be when a text begins, in units of its variance.
-_HOPE = 0.5
 # Prompts are of a kind by the bits of their length; all up to 255 tokens are of one.
 _SHORT_BITS = 8
 # Draft levels of the first round in a text that asks the draft.
@@ -43,201 +40,51 @@ _PROBE_LEVELS = 2
 _TRUSTED = 0.75
 # Rounds of a text that are to pay for the draft's taking in its prompt.
 _CATCH_UP_ROUNDS = 25
-# Share of all time that may go into asking what is not expected to pay, to see whether it does now.
-_EXPLORATION = 0.006
-# A wider verification before any was measured: milliseconds of a further node, as a share of one.
-_NODE_SHARE = 0.03
+# Share of all time that may be lost by trying what is not expected to pay, to see whether it does.
+_EXPLORATION = 0.012
 
 
-class Belief:
-    """A running mean with two memories: this text, which tells quickly, and the texts before it.
-
-    Args:
-        prior: believed before anything is seen.
-        weight: how many samples of this text it takes to weigh as much as the earlier texts.
-        forget: what a sample of this text is worth after the next one.
-    """
-
-    def __init__(self, prior: float, weight: float = 2.0, forget: float = 0.9) -> None:
-        self._weight, self._forget = weight, forget
-        self._prior = prior
-        self._kinds: dict[int, list[float]] = {}
-        self.begin(0)
-
-    def begin(self, kind: int) -> None:
-        """A new text begins; texts of another kind tell nothing of it."""
-        self._long = self._kinds.setdefault(kind, [3.0 * self._prior, 3.0])
-        self._sum = self._count = 0.0
-
-    def age(self) -> None:
-        """A round has passed; what the text told is a little staler."""
-        self._sum *= 0.98
-        self._count *= 0.98
-
-    def add(self, value: float) -> None:
-        # the many samples of a text that suits the draft must not drown out those that do not
-        share = 1.0 / (1.0 + self._count / 3.0)
-        self._long[0] += share * (value - 0.05 * self._long[0])
-        self._long[1] += share * (1.0 - 0.05 * self._long[1])
-        self._sum = self._sum * self._forget + value
-        self._count = self._count * self._forget + 1.0
-
-    @property
-    def value(self) -> float:
-        earlier = self._long[0] / self._long[1]
-        return (self._weight * earlier + self._sum) / (self._weight + self._count)
-
-    @property
-    def untold(self) -> bool:
-        """Whether this text has told nothing yet, or too long ago."""
-        return self._count < 0.5
-
-    @property
-    def hopeful(self) -> float:
-        """A share, and the more above its mean the less this text has told and the more texts
-        differ."""
-        value = min(max(self.value, 0.0), 1.0)
-        return value + _HOPE * value * (1.0 - value) / (1.0 + self._count)
-
-
-class RunningTime:
-    """A cost in milliseconds that follows slow drift and shrugs off outliers."""
-
-    def __init__(self, milliseconds: float | None = None) -> None:
-        self.value = milliseconds
-        self._settled = milliseconds is not None
-
-    def add(self, milliseconds: float, settled: bool = True) -> None:
-        """Takes in a measurement; one that is not settled counts only until there is a better."""
-        if self.value is None or (settled and not self._settled):
-            self.value, self._settled = milliseconds, settled
-        elif settled:
-            # a preempted process can be off by any factor; clipped, the mean is nearly the median
-            clipped = min(max(milliseconds, 0.7 * self.value), 1.4 * self.value)
-            self.value += 0.1 * (clipped - self.value)
-        elif not self._settled:
-            self.value = min(self.value, milliseconds)
-
-
-class VerifyCosts:
-    """Milliseconds of a verification by its number of nodes, times a pace that all sizes share: the
-    text grows longer, the machine busier.
-
-    Args:
-        rows: sequences verified together.
-        known: from a tuning file.
-    """
-
-    def __init__(self, rows: int, known: dict[int, float] | None = None) -> None:
-        self._rows = rows
-        self.times = dict(known or {})
-        self.pace = 1.0
-        # of forwards that were not recorded yet, used until there is better
-        self._early: dict[int, float] = {}
-
-    def add(self, num_nodes: int, milliseconds: float, settled: bool = True) -> None:
-        if not settled:
-            self._early[num_nodes] = min(milliseconds, self._early.get(num_nodes, math.inf))
-            return
-        usual = self.times.get(num_nodes)
-        if usual is None:
-            self.times[num_nodes] = milliseconds / self.pace
-            return
-        ratio = min(max(milliseconds / usual, 0.7 * self.pace), 1.4 * self.pace)
-        self.pace += 0.1 * (ratio - self.pace)
-        self.times[num_nodes] += 0.05 * (usual * ratio / self.pace - usual)
-
-    def at(self, num_nodes: int) -> float | None:
-        """Measured, or on a line between what was measured; None before any measurement."""
-        known = self.times or self._early
-        if not known:
-            return None
-        largest = max(known)
-        if len(known) == 1 and num_nodes > largest:
-            factor = self._prior(num_nodes) / self._prior(largest)
-        elif num_nodes < (smallest := min(known)):
-            factor = self._prior(num_nodes) / self._prior(smallest)
-        else:
-            factor = 1.0
-        return self.pace * factor * whatif.interpolate(known, num_nodes)
-
-    def _prior(self, num_nodes: int) -> float:
-        return 1.0 + _NODE_SHARE * (self._rows * num_nodes - 1)
-
-
-class MeasuredCosts:
-    """What the parts of a round cost for about this many rows, and the rate they have led to."""
-
-    def __init__(self, rows: int, known: RoundCosts | None = None) -> None:
-        self.verify = VerifyCosts(rows, known.verify_ms if known else None)
-        drafted = known is not None and known.level_ms
-        self.root = RunningTime(known.root_ms if drafted else None)
-        self.level = RunningTime(known.level(_FRONTIER_WIDTH) if drafted else None)
-        self.lookup = RunningTime(known.lookup_ms if known and known.lookup_ms else None)
-        self.miss = RunningTime()
-        self.overhead = RunningTime(known.overhead_ms if known else None)
-        self.catch_up: dict[int, RunningTime] = {}
-        self.tokens = self.milliseconds = self._usual_rate = 0.0
-        self._rounds = 0
-        # how far predicted times of rounds were from measured ones
-        self.error = RunningTime()
-
-    def begin(self) -> None:
-        """A new text, which is expected to be like the mean of the earlier ones."""
-        if self.milliseconds > 0 and self._rounds > 0:
-            rate = self.tokens / self.milliseconds
-            self._usual_rate += 0.25 * (rate - self._usual_rate) if self._usual_rate else rate
-        self._rounds = 0
-        self.milliseconds = _RATE_ROUNDS * (self.plain_ms or 0.0)
-        # half way to plain decoding, so that what may help is tried
-        self.tokens = 0.5 * (_RATE_ROUNDS + self.milliseconds * self._usual_rate)
-
-    def as_costs(self) -> RoundCosts | None:
-        """A snapshot; None before any measurement."""
-        if not self.verify.times:
-            return None
-        sizes = sorted({1, *self.verify.times})
-        return RoundCosts(
-            {size: self.verify.at(size) or 0.0 for size in sizes},
-            self.root.value or 0.0,
-            None if self.level.value is None else {_FRONTIER_WIDTH: self.level.value},
-            self.lookup.value or 0.0,
-            self.overhead.value or 0.0,
-        )
-
-    @property
-    def plain_ms(self) -> float | None:
-        verify = self.verify.at(1)
-        return None if verify is None else verify + (self.overhead.value or 0.0)
-
-    @property
-    def rate(self) -> float | None:
-        """Tokens of a row per millisecond lately, and never less than plain decoding's; None before
-        any time is known."""
-        running = self.tokens / self.milliseconds if self.milliseconds > 0 else 0.0
-        plain = 1.0 / self.plain_ms if self.plain_ms else 0.0
-        return max(running, plain) or None
-
-    def add_rate(self, tokens: float, milliseconds: float) -> None:
-        self._rounds += 1
-        self.tokens = self.tokens * 0.95 + tokens
-        self.milliseconds = self.milliseconds * 0.95 + milliseconds
-
-
-class Explorer:
-    """Allows to ask, now and then, what is not expected to pay: a small share of all time."""
+class Purse:
+    """What may be lost by trying what is not expected to pay: a small share of all time."""
 
     def __init__(self) -> None:
-        self._spent = self._elapsed = 0.0
+        self._lost = self._elapsed = 0.0
 
     def pass_time(self, milliseconds: float) -> None:
         self._elapsed += milliseconds
 
-    def spend(self, milliseconds: float) -> None:
-        self._spent += milliseconds
+    def affords(self, milliseconds: float) -> bool:
+        return self._lost + milliseconds <= _EXPLORATION * self._elapsed
+
+    def pay(self, milliseconds: float) -> None:
+        """Below 0 for a gain, which makes up for earlier losses."""
+        self._lost = max(self._lost + milliseconds, 0.0)
+
+
+class Explorer:
+    """Allows to try a thing that is not expected to pay: while trials gain they go on, and one that
+    lost is the last for a while.
+
+    Args:
+        purse: what all explorers spend from.
+    """
+
+    def __init__(self, purse: Purse) -> None:
+        self._purse = purse
+        self._failed = False
+
+    def begin(self) -> None:
+        """What has failed may not fail now."""
+        self._failed = False
 
     def allows(self, milliseconds: float) -> bool:
-        return self._spent + milliseconds <= _EXPLORATION * self._elapsed
+        """Whether a trial of that cost may be made."""
+        return not self._failed and self._purse.affords(milliseconds)
+
+    def learn(self, lost_ms: float) -> None:
+        """What a trial cost beyond what it brought; below 0 if it gained."""
+        self._purse.pay(lost_ms)
+        self._failed = lost_ms > 0
 
 
 class AutoPolicy(Policy):
@@ -266,7 +113,7 @@ class AutoPolicy(Policy):
         self.with_model = with_model
         self.max_depth = 10
         self.lookup_length = 10 if with_lookup else 0
-        self.max_rows = _FRONTIER_WIDTH * self.max_depth + 1
+        self.max_rows = FRONTIER_WIDTH * self.max_depth + 1
         self.origin = origin
         self._draft_share = draft_share
         self._costs = {rows: MeasuredCosts(rows, known) for rows, known in (costs or {}).items()}
@@ -279,12 +126,13 @@ class AutoPolicy(Policy):
         # the right child is among those of the root, and of a later node the draft expanded
         self.draft_first, self.draft_later = Belief(0.7), Belief(0.7, 4.0)
         self.ranks = [Belief(chance, 4.0) for chance in (0.5, 0.12, 0.05, 0.03)]
-        # by kind of text, and by whether tokens are sampled
-        self._sharpness: dict[tuple[int, bool], float] = {}
-        self._lookup_explorer, self._draft_explorer = Explorer(), Explorer()
+        # by kind of text
+        self._sharpness: dict[int, float] = {}
+        self._purse = Purse()
+        self._lookup_explorer, self._draft_explorer = Explorer(self._purse), Explorer(self._purse)
         self._exploring = self._lookup_exploring = self._draft_began = False
         self._depth, self._best_levels = 0, 2
-        self._first_chance, self._kind = 0.0, 0
+        self._first_chance, self._kind, self._sampled = 0.0, 0, False
         self._rounds = {"plain": 0, "lookup": 0, "draft": 0}
 
     def _beliefs(self) -> list[Belief]:
@@ -305,14 +153,21 @@ class AutoPolicy(Policy):
             self._costs[rows] = MeasuredCosts(rows)
         return self._costs[rows]
 
-    def begin(self, longest):
-        # a draft may lose its way in long texts, where asking it also costs more to begin with
-        self._kind = max(longest.bit_length(), _SHORT_BITS)
+    def begin(self, longest, sampled):
+        # a draft may lose its way in long texts, where asking it also costs more to begin with; and
+        # sampled text repeats itself less
+        self._kind = 2 * max(longest.bit_length(), _SHORT_BITS) + sampled
+        self._sampled = sampled
         for belief in self._beliefs():
             belief.begin(self._kind)
         self._draft_began = False
+        self._lookup_explorer.begin()
+        self._draft_explorer.begin()
         for costs in self._costs.values():
             costs.begin()
+
+    def begin_round(self, rows):
+        self.now = self._costs_for(rows)
 
     @property
     def rate(self) -> float | None:
@@ -324,10 +179,11 @@ class AutoPolicy(Policy):
 
     def wants_lookup(self):
         self._first_chance = 0.0
-        if self.lookup_length == 0:
+        if self.lookup_length == 0 or self.now.needs_plain:
             return False
         cost = self.now.miss.value or 0.0
-        return self._pays(self.lookup_gain.value, cost) or self._lookup_explorer.allows(cost)
+        self._lookup_exploring = not self._pays(self.lookup_gain.value, cost)
+        return not self._lookup_exploring or self._lookup_explorer.allows(cost)
 
     def wants_matches(self, match_lengths):
         if max(match_lengths) == 0:
@@ -335,8 +191,10 @@ class AutoPolicy(Policy):
         slots = [min(length, len(LOOKUP_PRIOR) - 1) for length in match_lengths]
         gain = sum(self.match_gain[slot].value for slot in slots if slot) / len(slots)
         cost = (self.now.lookup.value or 0.0) - (self.now.miss.value or 0.0)
-        self._lookup_exploring = not self._pays(gain, cost)
-        return not self._lookup_exploring or self._lookup_explorer.allows(cost)
+        if self._pays(gain, cost):
+            return True
+        self._lookup_exploring = True
+        return self._lookup_explorer.allows(cost)
 
     def lookup_chances(self, match_lengths):
         slots = [min(length, len(LOOKUP_PRIOR) - 1) for length in match_lengths]
@@ -351,18 +209,19 @@ class AutoPolicy(Policy):
 
     def _sharpness_of(self, sampled: bool) -> float:
         prior = COUPLED_SHARPNESS if sampled else GREEDY_SHARPNESS
-        return self._sharpness.setdefault((self._kind, sampled), prior)
+        return self._sharpness.setdefault(self._kind, prior)
 
     def wants_draft(self, lookup_scores):
         self._exploring = False
-        if not self.with_model:
+        if not self.with_model or self.now.needs_plain:
             return False
-        self.now = self._costs_for(len(lookup_scores))
-        if self._draft_began and self.now.root.value is None:
-            return True  # the second time tells what it costs without the prompt
+        if self.now.root.value is None:
+            return True  # what it costs is worth knowing; the second time tells, without the prompt
         if self.rate is None or self._draft_value(lookup_scores) > 0.0:
             return True
-        self._exploring = self._draft_explorer.allows(self._draft_ms()[0])
+        if self.draft_first.untold:
+            self._draft_explorer.begin()
+        self._exploring = self._draft_explorer.allows(self._draft_ms()[0] + self._catch_up_ms())
         return self._exploring
 
     def _draft_value(self, lookup_scores) -> float:
@@ -376,26 +235,29 @@ class AutoPolicy(Policy):
         if lookup_scores.shape[1]:
             alone += self._width(lookup_scores, with_root=False)
         root, level = self._draft_ms()
-        if not self._draft_began:
-            catch_up = self.now.catch_up.get(self._kind)
-            root += (catch_up.value or 0.0) / _CATCH_UP_ROUNDS if catch_up else 0.0
+        root += self._catch_up_ms() / _CATCH_UP_ROUNDS
         missed = 1.0 - self._first_chance
         chance, later = self.draft_first.hopeful, self.draft_later.hopeful
-        best, tokens = -math.inf, 0.0
+        best, tokens, narrow = -math.inf, 0.0, verify(alone)
         for levels in range(1, 7):
             tokens += missed * chance
             chance *= later
-            wider = verify(max(alone, 2 + 2 * levels)) - verify(alone)
-            cost = root + (levels - 1) * level + wider
-            if tokens - rate * cost > best:
-                best, self._best_levels = tokens - rate * cost, levels
+            wider = verify(max(alone, 2 + 2 * levels)) - narrow
+            value = tokens - rate * (root + (levels - 1) * level + wider)
+            if value < best:
+                break
+            best, self._best_levels = value, levels
         return best
+
+    def _catch_up_ms(self) -> float:
+        """What the draft's taking in of this text's prompt is still to cost, if that is known."""
+        known = None if self._draft_began else self.now.catch_up.get(self._kind)
+        return known.value or 0.0 if known else 0.0
 
     def _draft_ms(self) -> tuple[float, float]:
         """Of the first level and of a further one; a guess before they are known."""
-        guess = self._draft_share * (self.now.verify.at(1) or 0.0)
-        root = guess if self.now.root.value is None else self.now.root.value
-        return root, root if self.now.level.value is None else self.now.level.value
+        root = self.now.root.expected(self._draft_share * (self.now.verify.at(1) or 0.0))
+        return root, self.now.level.expected(root)
 
     def children(self, depth):
         self._depth = depth
@@ -405,7 +267,7 @@ class AutoPolicy(Policy):
         return 2 + 2 * self._best_levels
 
     def frontier(self, depth):
-        return _FRONTIER_WIDTH, math.log(_LEAST_PROBABILITY)
+        return FRONTIER_WIDTH, math.log(_LEAST_PROBABILITY)
 
     def worth_expanding(self, scores):
         if self.now.root.value is None:
@@ -418,7 +280,6 @@ class AutoPolicy(Policy):
         return expected > 0 and self._pays(expected, self._draft_ms()[1])
 
     def nodes_to_verify(self, scores):
-        self.now = self._costs_for(len(scores))
         return self._width(scores)
 
     def _width(self, scores, with_root: bool = True) -> int:
@@ -441,9 +302,8 @@ class AutoPolicy(Policy):
         return best
 
     def observe(self, outcome: Outcome) -> None:
-        rows = len(outcome.paths)
-        self.now = now = self._costs_for(rows)
-        self._observe_rate(outcome, rows)
+        rows, now = len(outcome.paths), self.now
+        lost = self._observe_rate(outcome, rows)
         now.verify.add(outcome.num_nodes, outcome.verify_ms, outcome.settled)
         now.overhead.add(
             outcome.total_ms - outcome.draft_ms - outcome.verify_ms, outcome.settled
@@ -456,32 +316,34 @@ class AutoPolicy(Policy):
         if outcome.draft_levels:
             self._learn_draft_cost(outcome, looked)
             self._learn_draft(outcome)
-        if looked and not self._pays(self.lookup_gain.value, now.miss.value or 0.0):
-            self._lookup_explorer.spend(now.miss.value or 0.0)
-        if self._lookup_exploring and outcome.tree.lookup is not None:
-            self._lookup_explorer.spend(now.lookup.value or 0.0)
-        self._lookup_exploring = False
         if self._exploring:
-            self._draft_explorer.spend(outcome.draft_ms)
-        for explorer in (self._lookup_explorer, self._draft_explorer):
-            explorer.pass_time(outcome.total_ms)
+            self._draft_explorer.learn(lost)
+        elif self._lookup_exploring and looked:
+            self._lookup_explorer.learn(lost)
+        self._lookup_exploring = False
+        self._purse.pass_time(outcome.total_ms)
         for belief in (self.draft_first, self.draft_later, self.lookup_gain, *self.match_gain):
             belief.age()
         drafted = "draft" if outcome.draft_levels else "lookup" if outcome.num_nodes > 1 else ""
         self._rounds[drafted or "plain"] += 1
 
-    def _observe_rate(self, outcome: Outcome, rows: int) -> None:
+    def _observe_rate(self, outcome: Outcome, rows: int) -> float:
+        """Milliseconds the round took beyond what its tokens are worth."""
         milliseconds = outcome.total_ms
         predicted = self.predict_round_ms(
             outcome.num_nodes, outcome.draft_levels, outcome.match_lengths is not None
         )
+        if self._exploring and not self._draft_began:
+            predicted = None  # the prompt's share is no part of it, and is spent all the same
         if predicted is not None:
             # a recording must not move the yardstick, nor a busy machine much
             settled = outcome.settled and outcome.draft_settled
             milliseconds = min(milliseconds, (2.0 if settled else 1.0) * predicted)
             if settled:
                 self.now.error.add(abs(predicted - outcome.total_ms) / outcome.total_ms)
-        self.now.add_rate(outcome.new_tokens / rows, milliseconds)
+        tokens, rate = outcome.new_tokens / rows, self.rate
+        self.now.add_rate(tokens, milliseconds)
+        return milliseconds - tokens / rate if rate else 0.0
 
     def predict_round_ms(self, num_nodes: int, levels: int, lookup: bool) -> float | None:
         """Milliseconds of a round for the number of rows of the last one; None before any
@@ -501,7 +363,8 @@ class AutoPolicy(Policy):
             self._draft_began = True
             usual = sum(self._draft_ms()) if now.root.value else 0.0
             known = now.catch_up.setdefault(self._kind, RunningTime())
-            known.add(max(outcome.draft_ms - usual, 0.0))
+            # the smallest so far: the first of all take in recordings too
+            known.add(max(outcome.draft_ms - usual, 0.0), settled=False)
             return
         lookup = now.miss if outcome.tree.lookup is None else now.lookup
         spent = outcome.draft_ms - ((lookup.value or 0.0) if looked else 0.0)
@@ -535,10 +398,10 @@ class AutoPolicy(Policy):
                 hit = float(following is not None)
                 (self.draft_first if node == 0 else self.draft_later).add(hit)
                 expected = float(np.exp(scores[row, children] - scores[row, node]).sum())
-                factor = self._sharpness_of(outcome.sampled) * math.exp(
+                factor = self._sharpness_of(self._sampled) * math.exp(
                     0.05 * (hit - min(expected, 1.0))
                 )
-                self._sharpness[self._kind, outcome.sampled] = min(max(factor, 0.5), 6.0)
+                self._sharpness[self._kind] = min(max(factor, 0.5), 6.0)
 
     def _learn_lookup(self, outcome: Outcome) -> None:
         assert outcome.match_lengths is not None
@@ -580,7 +443,7 @@ class AutoPolicy(Policy):
         if self.with_model and costs.level_ms:
             ranks = [belief.value for belief in self.ranks]
             listed.append(whatif.fastest(whatif.chains(costs, ranks[0], self.max_depth)))
-            grown = whatif.trees(costs, ranks, 6, _NODE_SIZES[1:], _FRONTIER_WIDTH)
+            grown = whatif.trees(costs, ranks, 6, _NODE_SIZES[1:], FRONTIER_WIDTH)
             if grown:
                 listed.append(whatif.fastest(grown))
         return listed
@@ -610,7 +473,7 @@ class AutoPolicy(Policy):
                 f"draft: {root:.2f} ms for the first level, {level:.2f} ms for another, "
                 f"the right token among the root's children in {self.draft_first.value:.0%}, "
                 f"among a later node's in {self.draft_later.value:.0%}, sharpness "
-                f"{self._sharpness_of(False):.1f} greedy, {self._sharpness_of(True):.1f} sampled"
+                f"{self._sharpness_of(self._sampled):.1f}"
             )
         if self.lookup_length:
             found = ", ".join(f"{k}: {b.value:.0%}" for k, b in enumerate(self.lookup_first) if k)

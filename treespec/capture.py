@@ -56,6 +56,9 @@ _FAST_BINDINGS: dict[Any, Callable] = {
 }
 _REFUSED_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
+# A recorded call: function, arguments, keywords, result.
+Step = tuple[Callable, tuple, dict, Any]
+
 _active: Recorder | None = None
 
 
@@ -75,7 +78,7 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.steps: list[tuple[Callable, tuple, dict, Any]] = []
+        self.steps: list[Step] = []
         self._inside_opaque = False
 
     def __enter__(self) -> Recorder:
@@ -170,7 +173,7 @@ class _Writer:
 
 
 def compile_recording(
-    steps: list[tuple[Callable, tuple, dict, Any]], inputs: list[torch.Tensor], output: torch.Tensor
+    steps: list[Step], inputs: list[torch.Tensor], output: torch.Tensor
 ) -> Callable[..., torch.Tensor]:
     """One function of `inputs` that makes the recorded calls again and returns what became of
     `output`.
@@ -213,7 +216,7 @@ def _is_pure(func: Callable) -> bool:
     return isinstance(func, torch._ops.OpOverload) and not func._schema.is_mutable
 
 
-def _quicker(step: tuple[Callable, tuple, dict, Any]) -> tuple[Callable, tuple, dict, Any]:
+def _quicker(step: Step) -> Step:
     """The same result by a call that costs less to make."""
     func, args, kwargs, out = step
     if func is _aten.slice.Tensor and not kwargs and (len(args) < 5 or args[4] == 1):
@@ -223,100 +226,3 @@ def _quicker(step: tuple[Callable, tuple, dict, Any]) -> tuple[Callable, tuple, 
     if func is _aten.pow.Tensor_Scalar and args[1] == 2:
         return torch.mul, (args[0], args[0]), {}, out
     return step
-
-
-def pack_linears(
-    steps: list[tuple[Callable, tuple, dict, Any]], packed: PackedWeights
-) -> list[tuple[Callable, tuple, dict, Any]]:
-    """Replaces linear layers by prepacked ones; layers that read the same input become one.
-
-    Only where the weight is a constant of the recording, not something computed in it.
-    """
-    computed = {
-        id(t) for _, _, _, out in steps for t in (out if isinstance(out, (list, tuple)) else [out])
-    }
-    groups: dict[int, list[int]] = {}
-    for k, (func, args, _, _) in enumerate(steps):
-        if (
-            func is _aten.linear.default
-            and id(args[1]) not in computed
-            and packed.accepts(args[0], args[1])
-        ):
-            groups.setdefault(id(args[0]), []).append(k)
-    replaced: dict[int, tuple | None] = {}
-    for members in groups.values():
-        weights = [steps[k][1][1] for k in members]
-        biases = [steps[k][1][2] if len(steps[k][1]) > 2 else None for k in members]
-        source, outs = steps[members[0]][1][0], [steps[k][3] for k in members]
-        rows = source.numel() // source.shape[-1]
-        if len(members) > 1 and all(bias is None for bias in biases):
-            weight = packed.get(tuple(weights), rows)
-            sizes = [w.shape[0] for w in weights]
-            replaced[members[0]] = (_split_linear, (source, weight, sizes), {}, outs)
-            replaced.update(dict.fromkeys(members[1:]))
-        else:
-            for k, w, bias in zip(members, weights, biases):
-                replaced[k] = (
-                    _packed_linear,
-                    (steps[k][1][0], packed.get((w,), rows), bias),
-                    {},
-                    steps[k][3],
-                )
-    return [step for k, old in enumerate(steps) if (step := replaced.get(k, old)) is not None]
-
-
-_linear_pointwise: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-
-
-def _packed_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
-    return _linear_pointwise(x, weight, bias, "none", [], "")
-
-
-def _split_linear(
-    x: torch.Tensor, weight: torch.Tensor, sizes: list[int]
-) -> tuple[torch.Tensor, ...]:
-    return _linear_pointwise(x, weight, None, "none", [], "").split_with_sizes(sizes, -1)
-
-
-class PackedWeights:
-    """oneDNN's own layout of weight matrices, made once per group of weights and shared by all
-    recordings.
-
-    Args:
-        max_bytes: most bytes all packed copies may take; weights beyond are left as they are.
-    """
-
-    def __init__(self, max_bytes: int) -> None:
-        self.max_bytes = max_bytes
-        self.bytes = 0
-        self._packed: dict[tuple[int, ...], tuple[torch.Tensor, tuple[torch.Tensor, ...]]] = {}
-        self._members: set[int] = set()
-
-    @staticmethod
-    def available() -> bool:
-        return bool(torch.backends.mkldnn.is_available()) and _linear_pointwise is not None
-
-    def accepts(self, x: torch.Tensor, weight: torch.Tensor) -> bool:
-        """Whether `x @ weight.T` can use a packed copy; if so its bytes are set aside."""
-        known, size = id(weight) in self._members, weight.numel() * weight.element_size()
-        fits = (
-            x.dtype == weight.dtype
-            and weight.dtype in (torch.float32, torch.bfloat16)
-            and weight.device.type == "cpu"
-            and weight.dim() == 2
-            and (known or self.bytes + size <= self.max_bytes)
-        )
-        if fits and not known:
-            self._members.add(id(weight))
-            self.bytes += size
-        return fits
-
-    def get(self, weights: tuple[torch.Tensor, ...], rows: int) -> torch.Tensor:
-        key = tuple(id(weight) for weight in weights)
-        if key not in self._packed:
-            joined = torch.cat(weights) if len(weights) > 1 else weights[0]
-            layout = torch.ops.mkldnn._reorder_linear_weight(joined.detach().contiguous(), rows)
-            self._packed[key] = (layout, weights)
-        return self._packed[key][0]

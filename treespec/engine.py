@@ -137,7 +137,7 @@ class Engine:
         self._lens = [len(prompt) for prompt in request.prompts]
         widest = round_up_nodes(self.policy.max_nodes, self.policy.node_sizes)
         slack = widest + (PREFILL_CHUNK if batch > 1 else 0)
-        self.policy.begin(longest)
+        self.policy.begin(longest, request.picker.do_sample)
         self.target.begin()
         self.target.allocate(batch, _round_up(capacity + slack, 256))
         self.target.ingest(self._tokens, [length - 1 for length in self._lens])
@@ -210,6 +210,7 @@ class Engine:
     def _grow(self, picker: TokenPicker, budget: int) -> tuple[Tree, list[int] | None, int]:
         sequences = self._sequences()
         roots = sequences.roots()
+        self.policy.begin_round(len(self._active))
         # the bonus token takes one place, so deeper nodes could never be kept
         depth = min(self.policy.max_depth, budget - 1)
         if depth <= 0 or not self.sources:

@@ -9,16 +9,11 @@ from collections.abc import Callable
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from treespec import hf
+from treespec import hf, packing
 from treespec.cache import TreeCache
-from treespec.capture import (
-    PackedWeights,
-    Recorder,
-    RecordingRefused,
-    compile_recording,
-    pack_linears,
-)
+from treespec.capture import Recorder, RecordingRefused, compile_recording
 from treespec.kernels import ops
+from treespec.packing import PackedWeights, copy_bytes, pack_linears
 from treespec.rotary import NAME as ROTARY_NAME
 from treespec.rotary import FusedRotary, Rotary, WatchedRotary, rotary_modules, taken_over
 
@@ -74,7 +69,7 @@ class TreeModel:
         self.settled = True
         self.rounds_ahead: float | None = None
         self._calls = 0
-        self._packed = PackedWeights(_packing_budget(model)) if PackedWeights.available() else None
+        self._packed = PackedWeights(_packing_budget(model)) if packing.available() else None
         self._weights_seen: tuple = ()
         self._prefix: tuple[torch.Tensor, list[torch.Tensor]] | None = None
         self._keeps_logits = hf.forward_accepts(model, "logits_to_keep")
@@ -339,8 +334,14 @@ class TreeModel:
         assert self.cache is not None
         call = hf.Forward(self.cache, tokens.shape[1], 0, None, positions, positions)
         keep = {"logits_to_keep": 1} if last_only and self._keeps_logits else {}
-        with hf.forward_scope(call):
+        with hf.forward_scope(call), self._wide_linears():
             return self._call(tokens, positions, **keep)
+
+    def _wide_linears(self) -> contextlib.AbstractContextManager:
+        """For forwards of many rows on a CPU that does not multiply the model's dtype."""
+        if self.device.type == "cpu" and packing.copy_dtype(self.dtype) not in (None, self.dtype):
+            return packing.WideLinears()
+        return contextlib.nullcontext()
 
     def forward(
         self,
@@ -519,6 +520,6 @@ def _position_limit(config) -> int | None:
 
 def _packing_budget(model: PreTrainedModel) -> int:
     """Bytes that prepacked copies of the weights may take: all of a small model, nothing of one
-    above 4 GiB."""
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    whose copies are above 4 GiB."""
+    size = copy_bytes(model.parameters())
     return size if size <= 4 << 30 else 0

@@ -69,8 +69,12 @@ class Policy:
         first = [LOOKUP_PRIOR[min(length, len(LOOKUP_PRIOR) - 1)] for length in match_lengths]
         return first, [max(chance, LOOKUP_LATER) for chance in first]
 
-    def begin(self, longest: int) -> None:
-        """A new batch of texts begins, whose longest prompt has so many tokens."""
+    def begin(self, longest: int, sampled: bool) -> None:
+        """A new batch of texts begins, whose longest prompt has so many tokens; are new ones
+        sampled?"""
+
+    def begin_round(self, rows: int) -> None:
+        """A round of so many sequences begins."""
 
     def wants_lookup(self) -> bool:
         return self.lookup_length > 0

@@ -9,11 +9,11 @@ the same costs and by the draft's own probabilities.
 from __future__ import annotations
 
 import argparse
+import bisect
 import heapq
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-
-import numpy as np
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,17 @@ def interpolate(known: dict[int, float], at: int) -> float:
     beyond the largest size on by the mean slope."""
     sizes = sorted(known)
     # noise may say that a larger size is cheaper
-    values = np.maximum.accumulate([known[size] for size in sizes])
-    if at > sizes[-1] and len(sizes) > 1:
-        slope = (values[-1] - values[0]) / (sizes[-1] - sizes[0])
-        return float(values[-1] + slope * (at - sizes[-1]))
-    return float(np.interp(at, sizes, values))
+    values = list(itertools.accumulate((known[size] for size in sizes), max))
+    if at <= sizes[0]:
+        return values[0]
+    if at >= sizes[-1]:
+        width = sizes[-1] - sizes[0]
+        slope = (values[-1] - values[0]) / width if width else 0.0
+        return values[-1] + slope * (at - sizes[-1])
+    right = bisect.bisect_left(sizes, at)
+    left = right - 1
+    share = (at - sizes[left]) / (sizes[right] - sizes[left])
+    return values[left] + share * (values[right] - values[left])
 
 
 @dataclass(frozen=True)

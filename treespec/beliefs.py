@@ -1,0 +1,57 @@
+"""What `tree="auto"` expects of drafts and lookups: running shares with two memories."""
+
+from __future__ import annotations
+
+# How far above its mean a share is taken to be when a text begins, in units of its variance.
+_HOPE = 0.5
+
+
+class Belief:
+    """A running mean with two memories: this text, which tells quickly, and the texts before it.
+
+    Args:
+        prior: believed before anything is seen.
+        weight: how many samples of this text it takes to weigh as much as the earlier texts.
+        forget: what a sample of this text is worth after the next one.
+    """
+
+    def __init__(self, prior: float, weight: float = 2.0, forget: float = 0.9) -> None:
+        self._weight, self._forget = weight, forget
+        self._prior = prior
+        self._kinds: dict[int, list[float]] = {}
+        self.begin(0)
+
+    def begin(self, kind: int) -> None:
+        """A new text begins; texts of another kind tell nothing of it."""
+        self._long = self._kinds.setdefault(kind, [3.0 * self._prior, 3.0])
+        self._sum = self._count = 0.0
+
+    def age(self) -> None:
+        """A round has passed; what the text told is a little staler."""
+        self._sum *= 0.98
+        self._count *= 0.98
+
+    def add(self, value: float) -> None:
+        # the many samples of a text that suits the draft must not drown out those that do not
+        share = 1.0 / (1.0 + self._count / 3.0)
+        self._long[0] += share * (value - 0.05 * self._long[0])
+        self._long[1] += share * (1.0 - 0.05 * self._long[1])
+        self._sum = self._sum * self._forget + value
+        self._count = self._count * self._forget + 1.0
+
+    @property
+    def value(self) -> float:
+        earlier = self._long[0] / self._long[1]
+        return (self._weight * earlier + self._sum) / (self._weight + self._count)
+
+    @property
+    def untold(self) -> bool:
+        """Whether this text has told nothing yet, or too long ago."""
+        return self._count < 0.5
+
+    @property
+    def hopeful(self) -> float:
+        """A share, and the more above its mean the less this text has told and the more texts
+        differ."""
+        value = min(max(self.value, 0.0), 1.0)
+        return value + _HOPE * value * (1.0 - value) / (1.0 + self._count)

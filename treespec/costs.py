@@ -1,0 +1,163 @@
+"""What the parts of a round cost, as `tree="auto"` measures them while it runs."""
+
+from __future__ import annotations
+
+import math
+
+from treespec import whatif
+from treespec.whatif import RoundCosts
+
+# Nodes that a draft level of `auto` forwards.
+FRONTIER_WIDTH = 4
+# Rounds of plain decoding that the usual rate of a text weighs as much as.
+_RATE_ROUNDS = 3.0
+# Rounds of plain decoding within which its time is expected to settle.
+_PLAIN_ROUNDS = 12
+# A wider verification before any was measured: milliseconds of a further node, as a share of one.
+_NODE_SHARE = 0.03
+
+
+class RunningTime:
+    """A cost in milliseconds that follows slow drift and shrugs off outliers."""
+
+    def __init__(self, milliseconds: float | None = None) -> None:
+        self.value = milliseconds
+        self._settled = milliseconds is not None
+
+    def add(self, milliseconds: float, settled: bool = True) -> None:
+        """Takes in a measurement; one that is not settled counts only until there is a better."""
+        if self.value is None or (settled and not self._settled):
+            self.value, self._settled = milliseconds, settled
+        elif settled:
+            # a preempted process can be off by any factor; clipped, the mean is nearly the median
+            clipped = min(max(milliseconds, 0.7 * self.value), 1.4 * self.value)
+            self.value += 0.1 * (clipped - self.value)
+        elif not self._settled:
+            self.value = min(self.value, milliseconds)
+
+    def expected(self, guess: float) -> float:
+        """The cost; a guess before there is a measurement, and where only one that is not settled
+        says more."""
+        if self.value is None:
+            return guess
+        return self.value if self._settled else min(self.value, guess)
+
+
+class VerifyCosts:
+    """Milliseconds of a verification by its number of nodes, times a pace that all sizes share: the
+    text grows longer, the machine busier.
+
+    Args:
+        rows: sequences verified together.
+        known: from a tuning file.
+    """
+
+    def __init__(self, rows: int, known: dict[int, float] | None = None) -> None:
+        self._rows = rows
+        self.times = dict(known or {})
+        self.pace = 1.0
+        # of forwards that were not recorded yet, used until there is better
+        self._early: dict[int, float] = {}
+        # answers since the last measurement
+        self._answers: dict[int, float] = {}
+
+    def add(self, num_nodes: int, milliseconds: float, settled: bool = True) -> None:
+        self._answers.clear()
+        if not settled:
+            self._early[num_nodes] = min(milliseconds, self._early.get(num_nodes, math.inf))
+            return
+        usual = self.times.get(num_nodes)
+        if usual is None:
+            self.times[num_nodes] = milliseconds / self.pace
+            return
+        ratio = min(max(milliseconds / usual, 0.7 * self.pace), 1.4 * self.pace)
+        self.pace += 0.1 * (ratio - self.pace)
+        self.times[num_nodes] += 0.05 * (usual * ratio / self.pace - usual)
+
+    def at(self, num_nodes: int) -> float | None:
+        """Measured, or on a line between what was measured; None before any measurement."""
+        if num_nodes not in self._answers:
+            if not (self.times or self._early):
+                return None
+            self._answers[num_nodes] = self._interpolated(num_nodes)
+        return self._answers[num_nodes]
+
+    def _interpolated(self, num_nodes: int) -> float:
+        known = self.times or self._early
+        largest = max(known)
+        if len(known) == 1 and num_nodes > largest:
+            factor = self._prior(num_nodes) / self._prior(largest)
+        elif num_nodes < (smallest := min(known)):
+            factor = self._prior(num_nodes) / self._prior(smallest)
+        else:
+            factor = 1.0
+        return self.pace * factor * whatif.interpolate(known, num_nodes)
+
+    def _prior(self, num_nodes: int) -> float:
+        return 1.0 + _NODE_SHARE * (self._rows * num_nodes - 1)
+
+
+class MeasuredCosts:
+    """What the parts of a round cost for about this many rows, and the rate they have led to."""
+
+    def __init__(self, rows: int, known: RoundCosts | None = None) -> None:
+        self.verify = VerifyCosts(rows, known.verify_ms if known else None)
+        drafted = known is not None and known.level_ms
+        self.root = RunningTime(known.root_ms if drafted else None)
+        self.level = RunningTime(known.level(FRONTIER_WIDTH) if drafted else None)
+        self.lookup = RunningTime(known.lookup_ms if known and known.lookup_ms else None)
+        self.miss = RunningTime()
+        self.overhead = RunningTime(known.overhead_ms if known else None)
+        self.catch_up: dict[int, RunningTime] = {}
+        self.tokens = self.milliseconds = self._usual_rate = 0.0
+        self._rounds = self._all_rounds = 0
+        # how far predicted times of rounds were from measured ones
+        self.error = RunningTime()
+
+    def begin(self) -> None:
+        """A new text, which is expected to be like the mean of the earlier ones."""
+        if self.milliseconds > 0 and self._rounds > 0:
+            rate = self.tokens / self.milliseconds
+            self._usual_rate += 0.25 * (rate - self._usual_rate) if self._usual_rate else rate
+        self._rounds = 0
+        self.milliseconds = _RATE_ROUNDS * (self.plain_ms or 0.0)
+        # half way to plain decoding, so that what may help is tried
+        self.tokens = 0.5 * (_RATE_ROUNDS + self.milliseconds * self._usual_rate)
+
+    def as_costs(self) -> RoundCosts | None:
+        """A snapshot; None before any measurement."""
+        if not self.verify.times:
+            return None
+        sizes = sorted({1, *self.verify.times})
+        return RoundCosts(
+            {size: self.verify.at(size) or 0.0 for size in sizes},
+            self.root.value or 0.0,
+            None if self.level.value is None else {FRONTIER_WIDTH: self.level.value},
+            self.lookup.value or 0.0,
+            self.overhead.value or 0.0,
+        )
+
+    @property
+    def needs_plain(self) -> bool:
+        """Whether plain decoding, which everything is held against, is still to be measured; that
+        is given up where its time does not settle."""
+        return 1 not in self.verify.times and self._all_rounds < _PLAIN_ROUNDS
+
+    @property
+    def plain_ms(self) -> float | None:
+        verify = self.verify.at(1)
+        return None if verify is None else verify + (self.overhead.value or 0.0)
+
+    @property
+    def rate(self) -> float | None:
+        """Tokens of a row per millisecond lately, and never less than plain decoding's; None before
+        any time is known."""
+        running = self.tokens / self.milliseconds if self.milliseconds > 0 else 0.0
+        plain = 1.0 / self.plain_ms if self.plain_ms else 0.0
+        return max(running, plain) or None
+
+    def add_rate(self, tokens: float, milliseconds: float) -> None:
+        self._rounds += 1
+        self._all_rounds += 1
+        self.tokens = self.tokens * 0.95 + tokens
+        self.milliseconds = self.milliseconds * 0.95 + milliseconds
