@@ -40,6 +40,8 @@ _PROBE_LEVELS = 2
 _TRUSTED = 0.75
 # Rounds of a text that are to pay for the draft's taking in its prompt.
 _CATCH_UP_ROUNDS = 25
+# Rounds of plain decoding after one in which nothing paid.
+_REST_ROUNDS = 3
 # Share of all time that may be lost by trying what is not expected to pay, to see whether it does.
 _EXPLORATION = 0.012
 
@@ -133,6 +135,7 @@ class AutoPolicy(Policy):
         self._exploring = self._lookup_exploring = self._draft_began = False
         self._depth, self._best_levels = 0, 2
         self._first_chance, self._kind, self._sampled = 0.0, 0, False
+        self._rest = 0
         self._rounds = {"plain": 0, "lookup": 0, "draft": 0}
 
     def _beliefs(self) -> list[Belief]:
@@ -160,7 +163,7 @@ class AutoPolicy(Policy):
         self._sampled = sampled
         for belief in self._beliefs():
             belief.begin(self._kind)
-        self._draft_began = False
+        self._draft_began, self._rest = False, 0
         self._lookup_explorer.begin()
         self._draft_explorer.begin()
         for costs in self._costs.values():
@@ -168,6 +171,8 @@ class AutoPolicy(Policy):
 
     def begin_round(self, rows):
         self.now = self._costs_for(rows)
+        self._rest -= 1
+        return self._rest < 0 and not self.now.needs_plain
 
     @property
     def rate(self) -> float | None:
@@ -179,7 +184,7 @@ class AutoPolicy(Policy):
 
     def wants_lookup(self):
         self._first_chance = 0.0
-        if self.lookup_length == 0 or self.now.needs_plain:
+        if self.lookup_length == 0:
             return False
         cost = self.now.miss.value or 0.0
         self._lookup_exploring = not self._pays(self.lookup_gain.value, cost)
@@ -213,7 +218,7 @@ class AutoPolicy(Policy):
 
     def wants_draft(self, lookup_scores):
         self._exploring = False
-        if not self.with_model or self.now.needs_plain:
+        if not self.with_model:
             return False
         if self.now.root.value is None:
             return True  # what it costs is worth knowing; the second time tells, without the prompt
@@ -311,6 +316,9 @@ class AutoPolicy(Policy):
         looked = outcome.match_lengths is not None
         if looked:
             self._learn_lookup(outcome)
+        elif not outcome.draft_levels and self._rest < 0:
+            # where nothing pays, asking every round costs a share of a short one
+            self._rest = _REST_ROUNDS
         if looked and not outcome.draft_levels:
             (now.miss if outcome.tree.lookup is None else now.lookup).add(outcome.draft_ms)
         if outcome.draft_levels:

@@ -210,10 +210,10 @@ class Engine:
     def _grow(self, picker: TokenPicker, budget: int) -> tuple[Tree, list[int] | None, int]:
         sequences = self._sequences()
         roots = sequences.roots()
-        self.policy.begin_round(len(self._active))
         # the bonus token takes one place, so deeper nodes could never be kept
         depth = min(self.policy.max_depth, budget - 1)
-        if depth <= 0 or not self.sources:
+        drafts = self.policy.begin_round(len(self._active)) and self.sources
+        if depth <= 0 or not drafts:
             return root_only(roots), None, 0
         growth = Growth(roots, picker.implementation)
         match_lengths = self._add_lookups(growth, sequences, depth)

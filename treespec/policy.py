@@ -73,8 +73,9 @@ class Policy:
         """A new batch of texts begins, whose longest prompt has so many tokens; are new ones
         sampled?"""
 
-    def begin_round(self, rows: int) -> None:
-        """A round of so many sequences begins."""
+    def begin_round(self, rows: int) -> bool:
+        """A round of so many sequences begins; returns whether anything is to be drafted in it."""
+        return True
 
     def wants_lookup(self) -> bool:
         return self.lookup_length > 0
