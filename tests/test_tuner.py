@@ -199,7 +199,8 @@ def test_measured_costs_are_those_of_the_rounds(monkeypatch):
     def time(self, shape, rounds=9):
         draft = times["draft"] + shape.levels * (1.0 + 0.1 * shape.width) + 0.3 * shape.lookup
         verify = 4.0 + 0.1 * shape.num_nodes
-        return tuner.Timing(draft, verify, times["rest"], draft + verify + times["rest"])
+        total = draft + verify + times["rest"]
+        return tuner.Timing(draft, verify, times["rest"], total, shape.num_nodes)
 
     monkeypatch.setattr(tuner.Bench, "time", time)
     spec, seen = make_spec(), []
@@ -209,7 +210,10 @@ def test_measured_costs_are_those_of_the_rounds(monkeypatch):
     assert costs.level_ms[1] == pytest.approx(1.1)
     assert costs.lookup_ms == pytest.approx(0.3)
     assert costs.overhead_ms == pytest.approx(0.75), "what a plain round spends on growing is in it"
-    for shape, predicted, measured in tuner.check(spec, costs, 1):
+    again, found = tuner.measure_and_check(spec, 1, seen.append)
+    assert again == costs and [shape for shape, *_ in found] == tuner.check_shapes(spec)
+    assert not set(tuner.check_shapes(spec)) & set(tuner.shapes(spec))
+    for shape, predicted, measured in found:
         if shape.width == 1:
             assert predicted == pytest.approx(measured), shape
 
@@ -237,7 +241,8 @@ def test_tune_measures_and_keeps(cache, tiny_command, capsys):
     assert cli.main(["tune", "--check", "--json", "--device", "cpu"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["costs"]["1"]["verify_ms"]["24"] > 0
-    assert {row["shape"] for row in report["check"]} >= {"1 nodes", "4 nodes, 2 levels of 1"}
+    checked = {row["shape"] for row in report["check"]}
+    assert checked >= {"12 nodes, lookup", "4 nodes, 2 levels of 1"}
     costs, origin = tuner.load(key_of(make_spec()))
     assert report["path"] in origin and set(costs) == {1}
 

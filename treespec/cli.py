@@ -331,18 +331,17 @@ def run_tune(arguments: argparse.Namespace) -> int:
             raise UsageError("--draft: none leaves nothing to tune; give a model or ngram")
         spec = TreeSpeculator(target, draft, tokenizer=tokenizer)
     key = tuner.make_key(spec._target, spec._model)
-    steps = len(arguments.batch_sizes) * len(tuner.shapes(spec))
-    with console.progress("measuring", total=steps) as advance:
-        costs = {
-            rows: tuner.measure(spec, rows, lambda name: advance(1, name))
-            for rows in arguments.batch_sizes
-        }
-    checked = []
-    if arguments.check:
-        with console.progress("checking"):
-            checked = [
-                (rows, *found) for rows in costs for found in tuner.check(spec, costs[rows], rows)
-            ]
+    shapes = tuner.shapes(spec) + (tuner.check_shapes(spec) if arguments.check else [])
+    costs, checked = {}, []
+    with console.progress("measuring", total=len(arguments.batch_sizes) * len(shapes)) as advance:
+        for rows in arguments.batch_sizes:
+            if arguments.check:
+                costs[rows], found = tuner.measure_and_check(
+                    spec, rows, lambda name: advance(1, name)
+                )
+                checked += [(rows, *comparison) for comparison in found]
+            else:
+                costs[rows] = tuner.measure(spec, rows, lambda name: advance(1, name))
     try:
         path = tuner.save(key, costs)
     except tuner.TuningError as error:

@@ -106,10 +106,9 @@ class _Group:
         shapes = tuple(tuple(weight.shape) for weight in self.weights)
         return self.rows, shapes, self.source.dtype, self.bias is None
 
-    def apart(self) -> None:
-        """The layers as they were recorded."""
-        for weight in self.weights:
-            F.linear(self.source, weight, self.bias)
+    def apart(self) -> list[torch.Tensor]:
+        """Results of the layers as they were recorded."""
+        return [F.linear(self.source, weight, self.bias) for weight in self.weights]
 
     def packed_step(self, weight: torch.Tensor) -> Step:
         """The same result by one product with a packed weight."""
@@ -136,11 +135,10 @@ def _groups(steps: list[Step]) -> list[_Group]:
         biases = [steps[k][1][2] if len(steps[k][1]) > 2 else None for k in places]
         joined = [places] if not any(b is not None for b in biases) else [[k] for k in places]
         for members in joined:
-            args = [steps[k][1] for k in members]
             bias = biases[places.index(members[0])]
-            weights = tuple(arg[1] for arg in args)
+            weights = tuple(steps[k][1][1] for k in members)
             outs = [steps[k][3] for k in members]
-            groups.append(_Group(members, args[0][0], weights, bias, outs))
+            groups.append(_Group(members, steps[members[0]][1][0], weights, bias, outs))
     return groups
 
 

@@ -16,7 +16,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,7 +36,7 @@ CACHE_VARIABLE = "TREESPEC_CACHE_DIR"
 NODE_SIZES = (1, 4, 8, 12, 16, 24, 32, 48, 64)
 _WIDTHS = (1, 4)
 _PREFIX = 256
-_WARM_ROUNDS, _ROUNDS, _PASSES = 4, 5, 3
+_WARM_ROUNDS, _ROUNDS, _PASSES = 4, 5, 5
 
 
 class TuningError(Exception):
@@ -291,16 +291,14 @@ class Shape:
 
 @dataclass(frozen=True)
 class Timing:
-    """Median milliseconds of a round: growing, verifying, the rest, and all of it."""
+    """Median milliseconds of a round: growing, verifying, the rest, and all of it; and the nodes it
+    verified, which are fewer than asked for where the sources propose fewer."""
 
     draft_ms: float
     verify_ms: float
     rest_ms: float
     total_ms: float
-
-
-def _parts(timing: Timing) -> tuple[float, ...]:
-    return timing.draft_ms, timing.verify_ms, timing.rest_ms, timing.total_ms
+    num_nodes: float
 
 
 class Bench:
@@ -339,6 +337,7 @@ class Bench:
             statistics.median(o.verify_ms for o in outcomes),
             statistics.median(o.total_ms - o.draft_ms - o.verify_ms for o in outcomes),
             statistics.median(o.total_ms for o in outcomes),
+            statistics.median(o.num_nodes for o in outcomes),
         )
 
     def time_all(
@@ -352,7 +351,7 @@ class Bench:
                 if advance and turn == _PASSES - 1:
                     advance(str(shape))
         return {
-            shape: Timing(*(statistics.median(parts) for parts in zip(*map(_parts, found))))
+            shape: Timing(*(statistics.median(parts) for parts in zip(*map(astuple, found))))
             for shape, found in passes.items()
         }
 
@@ -413,8 +412,10 @@ def measure(
         rows: sequences at a time.
         advance: called with the name of every shape that was timed.
     """
-    listed = shapes(spec)
-    timed = Bench(spec, rows).time_all(listed, advance)
+    return _costs_of(spec, Bench(spec, rows).time_all(shapes(spec), advance))
+
+
+def _costs_of(spec: TreeSpeculator, timed: dict[Shape, Timing]) -> RoundCosts:
     plain = timed[Shape(1)]
     root, levels = 0.0, {}
     if spec._model is not None:
@@ -437,22 +438,25 @@ def measure(
 
 def check_shapes(spec: TreeSpeculator) -> list[Shape]:
     """Shapes to hold predicted against measured times, none of them timed by `measure`."""
-    shapes = [Shape(1)]
+    shapes = []
     if spec._engine.lookups:
-        shapes.append(Shape(12, lookup=True))
+        shapes += [Shape(12, lookup=True), Shape(24, lookup=True)]
     if spec._model is not None:
-        shapes += [Shape(4, 2), Shape(8, 2, 4), Shape(16, 4, 4)]
+        shapes += [Shape(4, 2), Shape(8, 2, 4), Shape(16, 4, 4), Shape(24, 5, 4)]
     return shapes
 
 
-def check(spec: TreeSpeculator, costs: RoundCosts, rows: int) -> list[tuple[Shape, float, float]]:
-    """Per shape the predicted and the measured milliseconds of a round."""
-    timed = Bench(spec, rows).time_all(check_shapes(spec))
-    return [
-        (
-            shape,
-            costs.predict_round_ms(shape.num_nodes, shape.levels, shape.width, shape.lookup),
-            timing.total_ms,
-        )
-        for shape, timing in timed.items()
-    ]
+def measure_and_check(
+    spec: TreeSpeculator, rows: int = 1, advance: Callable[[str], None] | None = None
+) -> tuple[RoundCosts, list[tuple[Shape, float, float]]]:
+    """As `measure`, and per shape of `check_shapes` the predicted and the measured milliseconds of
+    a round. All are timed in turns, so that a machine's changing pace is no error of prediction."""
+    checked = check_shapes(spec)
+    timed = Bench(spec, rows).time_all([*shapes(spec), *checked], advance)
+    costs = _costs_of(spec, timed)
+
+    def predicted(shape: Shape) -> float:
+        num_nodes = round(timed[shape].num_nodes)
+        return costs.predict_round_ms(num_nodes, shape.levels, shape.width, shape.lookup)
+
+    return costs, [(shape, predicted(shape), timed[shape].total_ms) for shape in checked]
