@@ -375,6 +375,29 @@ def test_rows_by_hand(record):
     assert table.rows[1][:3] == ["treespec plain", "2.00×", "4.00×"]
 
 
+def test_standing_of_auto_by_hand(record):
+    """By category and over all, over the fastest of each kind; plain `generate` is no rival."""
+    assert tables.standing_table(record) is None, "nothing to hold anything against"
+    about = {"sources": None, "shape": None}
+    record["methods"] += [
+        {"name": "auto", "family": "auto", "ours": True, **about},
+        {"name": "slow shape", "family": "linear", "ours": True, **about},
+        {"name": "fast shape", "family": "best-first", "ours": True, **about},
+        {"name": "peer", "family": "peer", "ours": False, **about},
+    ]
+    seconds = {"auto": (0.2, 0.25), "slow shape": (0.8, 0.8), "fast shape": (0.1, 0.4)}
+    seconds["peer"] = (0.4, 2.0)
+    for name, (first, second) in seconds.items():
+        record["samples"] += [fake_sample(name, "a", first), fake_sample(name, "b", second)]
+    table = tables.standing_table(record)
+    assert table.columns == ["auto over", "prose", "code & 100 %", "overall"]
+    assert table.rows == [
+        ["plain decoding in this engine", "2.50×", "1.00×", "1.67×"],
+        ["the fastest shape picked by hand", "0.50×", "1.60×", "1.11×"],
+        ["the fastest other library", "2.00×", "8.00×", "5.33×"],
+    ]
+
+
 def test_latex_is_escaped_and_markdown_is_kept_in_its_cells(record):
     record["methods"][1]["name"] = record["samples"][1]["method"] = "a_b|50%"
     record["samples"][3]["method"] = "a_b|50%"
