@@ -212,7 +212,7 @@ class Engine:
         roots = sequences.roots()
         # the bonus token takes one place, so deeper nodes could never be kept
         depth = min(self.policy.max_depth, budget - 1)
-        drafts = self.policy.begin_round(len(self._active)) and self.sources
+        drafts = self.policy.begin_round(len(sequences.lens)) and self.sources
         if depth <= 0 or not drafts:
             return root_only(roots), None, 0
         growth = Growth(roots, picker.implementation)

@@ -69,7 +69,7 @@ class Table:
 def machine(record: dict[str, Any]) -> str:
     """Where a record was measured, in words."""
     found = record["environment"]
-    cpu = f"{found['cpu']}, {found['threads']} of {found['cores']} cores"
+    cpu = f"{found['cpu']} ({found['capability']}), {found['threads']} of {found['cores']} cores"
     return f"{found['gpu']} ({cpu})" if found["gpu"] else f"{cpu}, no GPU"
 
 
