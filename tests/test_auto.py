@@ -405,8 +405,8 @@ def test_known_costs_decide_the_first_round():
 
 
 def test_wide_verifications_must_pay():
-    likely = torch.tensor([[0.0, *[-0.2] * 11, *[-9.0] * 20]])
-    assert tuned().nodes_to_verify(likely) == 12
+    likely = torch.tensor([[0.0, *[-0.2] * 15, *[-9.0] * 20]])
+    assert tuned().nodes_to_verify(likely) == 16
     unlikely = torch.tensor([[0.0, *[-9.0] * 12]])
     assert tuned().nodes_to_verify(unlikely) == 1
 

@@ -185,7 +185,7 @@ def test_measuring_the_shapes_asked_for(monkeypatch):
     """The engine really draws each shape: as many nodes and levels as it says."""
     spec = make_spec()
     bench = tuner.Bench(spec, 2)
-    for shape in [tuner.Shape(1), tuner.Shape(24), tuner.Shape(64), tuner.Shape(8, 3, 4)]:
+    for shape in [tuner.Shape(1), tuner.Shape(32), tuner.Shape(64), tuner.Shape(8, 3, 4)]:
         outcomes = bench._run(shape, 3)
         assert len(outcomes) == 3
         assert {o.num_nodes for o in outcomes} == {shape.num_nodes}
@@ -206,7 +206,7 @@ def test_measured_costs_are_those_of_the_rounds(monkeypatch):
     spec, seen = make_spec(), []
     costs = tuner.measure(spec, 1, seen.append)
     assert len(seen) == len(tuner.shapes(spec))
-    assert costs.verify_ms[24] == pytest.approx(6.4) and costs.root_ms == pytest.approx(1.1)
+    assert costs.verify_ms[32] == pytest.approx(7.2) and costs.root_ms == pytest.approx(1.1)
     assert costs.level_ms[1] == pytest.approx(1.1)
     assert costs.lookup_ms == pytest.approx(0.3)
     assert costs.overhead_ms == pytest.approx(0.75), "what a plain round spends on growing is in it"
@@ -240,7 +240,7 @@ def tiny_command(monkeypatch):
 def test_tune_measures_and_keeps(cache, tiny_command, capsys):
     assert cli.main(["tune", "--check", "--json", "--device", "cpu"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["costs"]["1"]["verify_ms"]["24"] > 0
+    assert report["costs"]["1"]["verify_ms"]["32"] > 0
     checked = {row["shape"] for row in report["check"]}
     assert checked >= {"12 nodes, lookup", "4 nodes, 2 levels of 1"}
     costs, origin = tuner.load(key_of(make_spec()))
@@ -250,7 +250,7 @@ def test_tune_measures_and_keeps(cache, tiny_command, capsys):
 def test_tune_prints_a_table(cache, tiny_command, capsys):
     assert cli.main(["tune", "--batch-sizes", "2", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
-    assert "verification, 24 nodes" in out and "draft, level of 4" in out and str(cache) in out
+    assert "verification, 32 nodes" in out and "draft, level of 4" in out and str(cache) in out
 
 
 @pytest.mark.parametrize(

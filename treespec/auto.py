@@ -29,7 +29,7 @@ from treespec.policy import (
 from treespec.whatif import RoundCosts
 
 # Few widths, so that each is recorded and measured early.
-_NODE_SIZES = (1, 4, 8, 12, 16, 24, 32, 48, 64)
+_NODE_SIZES = (1, 4, 8, 16, 32, 64)
 _CHILDREN = 4
 _LEAST_PROBABILITY = 0.02
 # Prompts are of a kind by the bits of their length; all up to 255 tokens are of one.

@@ -334,14 +334,8 @@ class TreeModel:
         assert self.cache is not None
         call = hf.Forward(self.cache, tokens.shape[1], 0, None, positions, positions)
         keep = {"logits_to_keep": 1} if last_only and self._keeps_logits else {}
-        with hf.forward_scope(call), self._wide_linears():
-            return self._call(tokens, positions, **keep)
-
-    def _wide_linears(self) -> contextlib.AbstractContextManager:
-        """For forwards of many rows on a CPU that does not multiply the model's dtype."""
-        if self.device.type == "cpu" and packing.copy_dtype(self.dtype) not in (None, self.dtype):
-            return packing.WideLinears()
-        return contextlib.nullcontext()
+        with hf.forward_scope(call):
+            return self._eager(tokens, positions, **keep)
 
     def forward(
         self,
@@ -385,8 +379,13 @@ class TreeModel:
         with hf.forward_scope(call):
             self.settled = True
             if self.recording_reason is not None or num_nodes > _MAX_RECORDED_NODES:
-                return self._call(tokens, positions)
+                return self._eager(tokens, positions)
             return self._recorded_call(tokens, positions, call.sees_everything)
+
+    def _eager(self, tokens: torch.Tensor, positions: torch.Tensor, **kwargs) -> torch.Tensor:
+        """The model's own forward, its linear layers in a type that the device multiplies."""
+        with packing.wide_linears(self.dtype, self.device, tokens.numel()):
+            return self._call(tokens, positions, **kwargs)
 
     def _call(self, tokens: torch.Tensor, positions: torch.Tensor, **kwargs) -> torch.Tensor:
         if self.route == "masks":
@@ -416,7 +415,7 @@ class TreeModel:
         recording.calls += 1
         self.settled = recording.refused
         if recording.replay is None and not recording.refused and not self._pays(recording):
-            return self._call(tokens, positions)
+            return self._eager(tokens, positions)
         if recording.replay is None or recording.checks_left:
             return self._record_or_check(recording, tokens, positions)
         self.settled = True
@@ -436,7 +435,7 @@ class TreeModel:
         """The first calls of a shape: record it, then hold the replay against the eager forward
         before trusting it."""
         if recording.refused:
-            return self._call(tokens, positions)
+            return self._eager(tokens, positions)
         try:
             if recording.replay is None:
                 with Recorder() as recorder:
@@ -446,7 +445,7 @@ class TreeModel:
                     steps = pack_linears(steps, self._packed)
                 recording.replay = compile_recording(steps, [tokens, positions], expected)
             else:
-                expected = self._call(tokens, positions).clone()
+                expected = self._eager(tokens, positions).clone()
             error = _spread_error(recording.replay(tokens, positions), expected)
             if not error <= _REPLAY_TOLERANCE.get(self.dtype, _REPLAY_TOLERANCE_16BIT):
                 raise RecordingRefused(

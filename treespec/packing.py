@@ -9,6 +9,7 @@ on the recorded calls themselves. See docs/design/002-recorded-forwards.md.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -22,7 +23,9 @@ from treespec.capture import Step
 
 _LINEAR = torch.ops.aten.linear.default
 # Both ways are timed on a few groups alike: on one alone, caches would hold more than in a forward.
-_TIMED_GROUPS, _PASSES = 3, 6
+_TIMED_GROUPS, _PASSES = 3, 8
+# From so many rows on, products of a type that the CPU cannot multiply are slow beyond doubt.
+_CLEAR_ROWS = 4
 
 _linear_pointwise: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
@@ -48,6 +51,14 @@ def copy_bytes(weights: Iterable[torch.Tensor]) -> int:
     """Bytes that copies of these weights take."""
     sizes = ((w.numel(), copy_dtype(w.dtype)) for w in weights)
     return sum(count * dtype.itemsize for count, dtype in sizes if dtype is not None)
+
+
+def wide_linears(dtype: torch.dtype, device: torch.device, rows: int):
+    """A context for eager forwards of so many rows: `WideLinears` where the CPU does not multiply
+    the dtype."""
+    if device.type == "cpu" and rows >= _CLEAR_ROWS and copy_dtype(dtype) not in (None, dtype):
+        return WideLinears()
+    return contextlib.nullcontext()
 
 
 class WideLinears(TorchFunctionMode):
@@ -215,6 +226,9 @@ class PackedWeights:
     def _is_faster(self, groups: list[_Group]) -> bool:
         """Times both ways in turns; what cannot be packed is not."""
         groups, steps = groups[:_TIMED_GROUPS], []
+        dtype = groups[0].source.dtype
+        if copy_dtype(dtype) != dtype and groups[0].rows >= _CLEAR_ROWS:
+            return True
         try:
             for group in groups:
                 known = self._packed.get(_identity(group.weights))
@@ -223,9 +237,12 @@ class PackedWeights:
         except RuntimeError:
             return False
         apart, packed = [], []
-        for _ in range(_PASSES * _TIMED_GROUPS // len(groups)):
+        for _ in range(_PASSES):
             apart.append(_seconds(lambda: [group.apart() for group in groups]))
             packed.append(_seconds(lambda: [func(*args) for func, args, _, _ in steps]))
+            # the first pass sets things up; after it a clear case is not looked at for longer
+            if len(packed) > 1 and not 0.5 < min(packed) / min(apart) < 2.0:
+                break
         return min(packed) < min(apart)
 
 
