@@ -31,7 +31,7 @@ def always_faster(monkeypatch):
 @pytest.fixture
 def without_16_bits(monkeypatch):
     """A CPU that multiplies float32 only, as many do."""
-    monkeypatch.setattr(packing, "_multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(packing, "_multiplies", lambda dtype: False)
 
 
 def generator() -> torch.Generator:
@@ -182,7 +182,7 @@ def test_the_budget_counts_copies_not_weights(without_16_bits):
 @pytest.mark.parametrize("native", [True, False])
 def test_bfloat16_is_recorded_through_the_attention_interface(monkeypatch, native):
     """Whether or not this CPU multiplies bfloat16, and whether it says so or not."""
-    monkeypatch.setattr(packing, "_multiplies_bfloat16", lambda: native)
+    monkeypatch.setattr(packing, "_multiplies", lambda dtype: native)
     target = copy.deepcopy(tiny_pair("llama")[0]).bfloat16()
     spec = TreeSpeculator(target, "ngram", tree=SHAPE)
     assert spec._target.route == "interface"
@@ -219,7 +219,7 @@ def test_wide_linears_multiply_in_float32(without_16_bits):
 
 @pytest.mark.parametrize("native", [True, False])
 def test_forwards_are_wide_only_where_the_cpu_asks_for_it(monkeypatch, native):
-    monkeypatch.setattr(packing, "_multiplies_bfloat16", lambda: native)
+    monkeypatch.setattr(packing, "_multiplies", lambda dtype: native)
     target = copy.deepcopy(tiny_pair("llama")[0]).bfloat16()
     spec = TreeSpeculator(target, None)
     entered = []

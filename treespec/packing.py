@@ -35,16 +35,18 @@ def available() -> bool:
     return bool(torch.backends.mkldnn.is_available()) and _linear_pointwise is not None
 
 
-def _multiplies_bfloat16() -> bool:
-    """Whether oneDNN multiplies bfloat16 on this CPU."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies a 16-bit type on this CPU."""
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
 def copy_dtype(dtype: torch.dtype) -> torch.dtype | None:
     """What copies of weights of this dtype are kept in; None where none are made."""
-    if dtype == torch.bfloat16 and _multiplies_bfloat16():
-        return torch.bfloat16
-    return torch.float32 if dtype in (torch.float32, torch.bfloat16, torch.float16) else None
+    if dtype in (torch.bfloat16, torch.float16):
+        return dtype if _multiplies(dtype) else torch.float32
+    return torch.float32 if dtype == torch.float32 else None
 
 
 def copy_bytes(weights: Iterable[torch.Tensor]) -> int:
