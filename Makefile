@@ -11,7 +11,8 @@ PIP_FLAGS := --disable-pip-version-check --quiet -c constraints.txt
 .PHONY: demo test lint typecheck bench gpu-suite gpu-sanitize compile-triton36 sheet picture clean
 
 demo: $(VENV)/demo.ok ; $(BIN)/python -m treespec demo $(ARGS)
-test: $(VENV)/test.ok ; $(BIN)/python -m pytest $(ARGS)
+# One process a core, whole files each: tests run on one thread, and files share what they compile.
+test: $(VENV)/test.ok ; $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 lint: $(VENV)/dev.ok ; $(BIN)/python -m ruff check .
 typecheck: $(VENV)/dev.ok ; $(BIN)/python -m mypy
 bench: $(VENV)/bench.ok ; $(BIN)/python -m pytest benchmarks --benchmark-json=benchmarks/out.json $(ARGS)

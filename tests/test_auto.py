@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 
 import treespec.engine
 from treespec import TreeSpeculator
-from treespec.auto import AutoPolicy, Explorer, Purse
+from treespec.auto import AutoPolicy, Purse
 from treespec.beliefs import Belief
-from treespec.costs import MeasuredCosts, RunningTime, VerifyCosts
+from treespec.costs import MeasuredCosts, RunningTime, VerifyCosts, row_shares
 from treespec.sources import OneShotSource, Proposal
 from treespec.tree import Growth
 from treespec.whatif import RoundCosts
@@ -320,28 +320,91 @@ def test_plain_decoding_that_never_settles_does_not_hold_everything_up():
 
 def test_trials_lose_no_more_than_their_share():
     purse = Purse()
-    explorer = Explorer(purse)
     lost = 0.0
     for _ in range(2000):
         purse.pass_time(5.0)
-        explorer.begin()
-        if explorer.allows(10.0):
-            explorer.learn(10.0)
+        purse.begin()
+        if purse.allows(10.0):
+            purse.pay(10.0, trial=True)
             lost += 10.0
     assert 0 < lost <= 0.02 * 2000 * 5.0
 
 
 def test_trials_that_gain_go_on_and_one_that_lost_is_the_last_of_its_text():
     purse = Purse()
-    explorer = Explorer(purse)
     purse.pass_time(2000.0)
     for _ in range(50):
-        assert explorer.allows(10.0)
-        explorer.learn(-4.0)
-    explorer.learn(3.0)
-    assert not explorer.allows(0.1)
-    explorer.begin()
-    assert explorer.allows(10.0)
+        assert purse.allows(10.0)
+        purse.pay(-4.0, trial=True)
+    purse.pay(3.0, trial=True)
+    assert not purse.allows(0.1)
+    purse.begin()
+    assert purse.allows(10.0)
+
+
+def test_debts_are_of_the_time_lately_passed_and_gains_are_not_saved_up():
+    purse = Purse()
+    purse.pass_time(1000.0)
+    purse.pay(-500.0, trial=False)
+    purse.pay(40.0, trial=False)
+    assert purse.in_debt, "an earlier gain is no licence to lose"
+    purse.pay(-35.0, trial=False)
+    assert not purse.in_debt, "a later gain makes up for the loss"
+    purse.pay(40.0, trial=False)
+    for _ in range(1000):
+        purse.pass_time(5.0)
+    assert not purse.in_debt
+
+
+# --- several sequences ---------------------------------------------------------------------------
+
+
+def test_tokens_of_a_sequence_that_is_ahead_are_worth_little():
+    assert row_shares([50], 0.6).tolist() == [1.0]
+    assert row_shares([80, 80, 80, 80], 0.6) == pytest.approx([0.25] * 4)
+    ahead, *others, behind = row_shares([20, 60, 60, 100], 0.6)
+    assert ahead == pytest.approx(0.1, abs=0.01) and behind > 0.55
+    assert ahead + sum(others) + behind == pytest.approx(1.0)
+    assert row_shares([20, 100], 0.0) == pytest.approx([0.5, 0.5]), "no part of a round is shared"
+    assert row_shares([20, 100], 1.0)[1] > 0.99, "sequences beyond one are for free"
+
+
+def test_fixed_part_of_a_round_from_costs_of_one_and_of_several():
+    alone, four = MeasuredCosts(1), MeasuredCosts(4)
+    assert 0 < four.fixed_share(alone) < 1, "a guess before both are known"
+    alone.verify.add(1, 6.0)
+    four.verify.add(1, 9.0)
+    assert four.fixed_share(alone) == pytest.approx(5.0 / 9.0)
+
+
+class KnowsOne(OneShotSource):
+    """Knows how the first text goes on, and is as sure of nonsense for all others."""
+
+    name = "knows one"
+
+    def __init__(self, text):
+        self.text = text
+
+    def propose(self, sequences, length):
+        tokens = torch.full((len(sequences.lens), 1, length), VOCAB - 1)
+        for row, have in enumerate(sequences.lens):
+            if torch.equal(sequences.tokens[row, :have], self.text[:have]):
+                rest = self.text[have : have + length]
+                tokens[row, 0, : len(rest)] = rest
+        return Proposal(tokens, [8] * len(sequences.lens))
+
+
+def test_a_batch_is_not_slowed_down_for_the_sake_of_one_sequence(timed):
+    target, _ = tiny_pair("llama")
+    batches = [torch.cat(texts(4, length)) for length in (30, 40, 50)]
+    spent = {"auto": 0.0, "plain": 0.0}
+    source = KnowsOne(torch.zeros(0))
+    specs = {"auto": timed(target, source), "plain": timed(target, None)}
+    for ids in batches:
+        source.text = target.generate(ids[:1], max_new_tokens=120, do_sample=False)[0]
+        for name, spec in specs.items():
+            spent[name] += milliseconds(timed, spec, ids, 120)
+    assert spent["plain"] / spent["auto"] >= 0.97
 
 
 # --- beliefs -------------------------------------------------------------------------------------

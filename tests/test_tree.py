@@ -266,7 +266,7 @@ def grow(
     engine._tokens = torch.tensor(roots)[:, None]
     engine._lens = [1] * len(roots)
     picker = TokenPicker([], False, 0, list(range(len(roots))), VOCAB, torch.device("cpu"))
-    tree, _, _ = engine._grow(picker, (depth or shape.depth) + 1)
+    tree, _, _ = engine._grow(picker, [(depth or shape.depth) + 1] * len(roots))
     return tree, draft
 
 

@@ -12,12 +12,13 @@ docs/design/003-auto.md.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
 from treespec import whatif
 from treespec.beliefs import Belief
-from treespec.costs import FRONTIER_WIDTH, MeasuredCosts, RunningTime
+from treespec.costs import FRONTIER_WIDTH, MeasuredCosts, RunningTime, row_shares
 from treespec.policy import (
     COUPLED_SHARPNESS,
     GREEDY_SHARPNESS,
@@ -42,51 +43,49 @@ _TRUSTED = 0.75
 _CATCH_UP_ROUNDS = 25
 # Rounds of plain decoding after one in which nothing paid.
 _REST_ROUNDS = 3
-# Share of all time that may be lost by trying what is not expected to pay, to see whether it does.
+# Share of the time lately passed that a source of drafts may lose.
 _EXPLORATION = 0.012
+# What a round's time and losses still count after the next one.
+_MEMORY = 0.998
+# How much longer than predicted a round of forwards yet to be recorded is taken to have been.
+_UNRECORDED = 1.5
 
 
 class Purse:
-    """What may be lost by trying what is not expected to pay: a small share of all time."""
+    """What may be lost by a source of drafts: a small share of the time lately passed.
+
+    Gains make up for losses and are not saved up, so what a source is worth in one place cannot be
+    lost in another.
+    """
 
     def __init__(self) -> None:
         self._lost = self._elapsed = 0.0
-
-    def pass_time(self, milliseconds: float) -> None:
-        self._elapsed += milliseconds
-
-    def affords(self, milliseconds: float) -> bool:
-        return self._lost + milliseconds <= _EXPLORATION * self._elapsed
-
-    def pay(self, milliseconds: float) -> None:
-        """Below 0 for a gain, which makes up for earlier losses."""
-        self._lost = max(self._lost + milliseconds, 0.0)
-
-
-class Explorer:
-    """Allows to try a thing that is not expected to pay: while trials gain they go on, and one that
-    lost is the last for a while.
-
-    Args:
-        purse: what all explorers spend from.
-    """
-
-    def __init__(self, purse: Purse) -> None:
-        self._purse = purse
         self._failed = False
 
     def begin(self) -> None:
         """What has failed may not fail now."""
         self._failed = False
 
-    def allows(self, milliseconds: float) -> bool:
-        """Whether a trial of that cost may be made."""
-        return not self._failed and self._purse.affords(milliseconds)
+    def pass_time(self, milliseconds: float) -> None:
+        """A round is over."""
+        self._elapsed = _MEMORY * self._elapsed + milliseconds
+        self._lost *= _MEMORY
 
-    def learn(self, lost_ms: float) -> None:
-        """What a trial cost beyond what it brought; below 0 if it gained."""
-        self._purse.pay(lost_ms)
-        self._failed = lost_ms > 0
+    @property
+    def in_debt(self) -> bool:
+        return self._lost > _EXPLORATION * self._elapsed
+
+    def allows(self, milliseconds: float) -> bool:
+        """Whether a trial of that cost may be made, of what is not expected to pay: while trials
+        gain they go on, and one that lost is the last for a while."""
+        affordable = self._lost + milliseconds <= _EXPLORATION * self._elapsed
+        return affordable and not self._failed
+
+    def pay(self, lost_ms: float, trial: bool) -> None:
+        """What a round cost beyond what it brought; below 0 if it gained."""
+        self._lost = max(self._lost + lost_ms, 0.0)
+        if trial:
+            self._failed = lost_ms > 0
 
 
 class AutoPolicy(Policy):
@@ -130,12 +129,13 @@ class AutoPolicy(Policy):
         self.ranks = [Belief(chance, 4.0) for chance in (0.5, 0.12, 0.05, 0.03)]
         # by kind of text
         self._sharpness: dict[int, float] = {}
-        self._purse = Purse()
-        self._lookup_explorer, self._draft_explorer = Explorer(self._purse), Explorer(self._purse)
+        self._lookup_purse, self._draft_purse = Purse(), Purse()
         self._exploring = self._lookup_exploring = self._draft_began = False
         self._depth, self._best_levels = 0, 2
         self._first_chance, self._kind, self._sampled = 0.0, 0, False
         self._rest = 0
+        # what a token of each row of this round is worth
+        self._shares = np.ones(1)
         self._rounds = {"plain": 0, "lookup": 0, "draft": 0}
 
     def _beliefs(self) -> list[Belief]:
@@ -164,13 +164,14 @@ class AutoPolicy(Policy):
         for belief in self._beliefs():
             belief.begin(self._kind)
         self._draft_began, self._rest = False, 0
-        self._lookup_explorer.begin()
-        self._draft_explorer.begin()
+        self._lookup_purse.begin()
+        self._draft_purse.begin()
         for costs in self._costs.values():
             costs.begin()
 
-    def begin_round(self, rows):
-        self.now = self._costs_for(rows)
+    def begin_round(self, left):
+        self.now = self._costs_for(len(left))
+        self._shares = row_shares(left, self.now.fixed_share(self._costs_for(1)))
         self._rest -= 1
         return self._rest < 0 and not self.now.needs_plain
 
@@ -178,6 +179,15 @@ class AutoPolicy(Policy):
     def rate(self) -> float | None:
         """Tokens of a row per millisecond lately; None before any time is known."""
         return self.now.rate
+
+    def _shared(self, of_rows: Sequence[float] | np.ndarray) -> float:
+        """What something of every row is worth, as if all rows had it."""
+        return float(self._shares @ np.asarray(of_rows, dtype=float))
+
+    def _shut(self, purse: Purse) -> bool:
+        """Whether a source is left alone, whatever is expected of it: of several sequences few
+        shapes come to be recorded, and their slowest decides, so expectations are less sure."""
+        return len(self._shares) > 1 and purse.in_debt
 
     def _pays(self, tokens: float, milliseconds: float) -> bool:
         return self.rate is None or tokens > self.rate * milliseconds
@@ -188,23 +198,23 @@ class AutoPolicy(Policy):
             return False
         cost = self.now.miss.value or 0.0
         self._lookup_exploring = not self._pays(self.lookup_gain.value, cost)
-        return not self._lookup_exploring or self._lookup_explorer.allows(cost)
+        return not self._lookup_exploring or self._lookup_purse.allows(cost)
 
     def wants_matches(self, match_lengths):
         if max(match_lengths) == 0:
             return False
         slots = [min(length, len(LOOKUP_PRIOR) - 1) for length in match_lengths]
-        gain = sum(self.match_gain[slot].value for slot in slots if slot) / len(slots)
+        gain = self._shared([self.match_gain[slot].value if slot else 0.0 for slot in slots])
         cost = (self.now.lookup.value or 0.0) - (self.now.miss.value or 0.0)
         if self._pays(gain, cost):
-            return True
+            return not self._shut(self._lookup_purse)
         self._lookup_exploring = True
-        return self._lookup_explorer.allows(cost)
+        return self._lookup_purse.allows(cost)
 
     def lookup_chances(self, match_lengths):
         slots = [min(length, len(LOOKUP_PRIOR) - 1) for length in match_lengths]
         first = [self.lookup_first[slot].value if slot else 0.0 for slot in slots]
-        self._first_chance = min(1.0, sum(first) / len(first))
+        self._first_chance = min(1.0, self._shared(first))
         return first, [self.lookup_later[slot].value for slot in slots]
 
     def sharpness(self, picker):
@@ -223,10 +233,10 @@ class AutoPolicy(Policy):
         if self.now.root.value is None:
             return True  # what it costs is worth knowing; the second time tells, without the prompt
         if self.rate is None or self._draft_value(lookup_scores) > 0.0:
-            return True
+            return not self._shut(self._draft_purse)
         if self.draft_first.untold:
-            self._draft_explorer.begin()
-        self._exploring = self._draft_explorer.allows(self._draft_ms()[0] + self._catch_up_ms())
+            self._draft_purse.begin()
+        self._exploring = self._draft_purse.allows(self._draft_ms()[0] + self._catch_up_ms())
         return self._exploring
 
     def _draft_value(self, lookup_scores) -> float:
@@ -281,7 +291,7 @@ class AutoPolicy(Policy):
             return False  # nor is more than a probe spent on a new text
         # a draft that is mostly wrong of late is no longer taken at its word
         trust = min(1.0, self.draft_first.hopeful / _TRUSTED) * self.draft_later.value
-        expected = float(scores.exp().sum(1).mean()) * trust
+        expected = self._shared(scores.exp().sum(1).numpy(force=True)) * trust
         return expected > 0 and self._pays(expected, self._draft_ms()[1])
 
     def nodes_to_verify(self, scores):
@@ -290,7 +300,7 @@ class AutoPolicy(Policy):
     def _width(self, scores, with_root: bool = True) -> int:
         """How many of these nodes to verify."""
         probabilities = -np.sort(-np.exp(scores.numpy(force=True)), axis=1)
-        expected = np.cumsum(probabilities, axis=1).mean(0)
+        expected = self._shares @ np.cumsum(probabilities, axis=1)
         total = int((probabilities > 0).sum(1).max(initial=0))
         root = 0 if with_root else 1
         rate, best, best_value = self.rate, 1 - root, None
@@ -307,8 +317,8 @@ class AutoPolicy(Policy):
         return best
 
     def observe(self, outcome: Outcome) -> None:
-        rows, now = len(outcome.paths), self.now
-        lost = self._observe_rate(outcome, rows)
+        now = self.now
+        lost = self._observe_rate(outcome)
         now.verify.add(outcome.num_nodes, outcome.verify_ms, outcome.settled)
         now.overhead.add(
             outcome.total_ms - outcome.draft_ms - outcome.verify_ms, outcome.settled
@@ -324,20 +334,22 @@ class AutoPolicy(Policy):
         if outcome.draft_levels:
             self._learn_draft_cost(outcome, looked)
             self._learn_draft(outcome)
-        if self._exploring:
-            self._draft_explorer.learn(lost)
-        elif self._lookup_exploring and looked:
-            self._lookup_explorer.learn(lost)
+        if outcome.draft_levels:
+            self._draft_purse.pay(lost, self._exploring)
+        elif looked:
+            self._lookup_purse.pay(lost, self._lookup_exploring)
         self._lookup_exploring = False
-        self._purse.pass_time(outcome.total_ms)
+        for purse in (self._lookup_purse, self._draft_purse):
+            purse.pass_time(outcome.total_ms)
         for belief in (self.draft_first, self.draft_later, self.lookup_gain, *self.match_gain):
             belief.age()
         drafted = "draft" if outcome.draft_levels else "lookup" if outcome.num_nodes > 1 else ""
         self._rounds[drafted or "plain"] += 1
 
-    def _observe_rate(self, outcome: Outcome, rows: int) -> float:
-        """Milliseconds the round took beyond what its tokens are worth."""
-        milliseconds = outcome.total_ms
+    def _observe_rate(self, outcome: Outcome) -> float:
+        """Milliseconds the round took beyond those of plain decoding, less what its further tokens
+        are worth."""
+        milliseconds = spent = outcome.total_ms
         predicted = self.predict_round_ms(
             outcome.num_nodes, outcome.draft_levels, outcome.match_lengths is not None
         )
@@ -347,11 +359,15 @@ class AutoPolicy(Policy):
             # a recording must not move the yardstick, nor a busy machine much
             settled = outcome.settled and outcome.draft_settled
             milliseconds = min(milliseconds, (2.0 if settled else 1.0) * predicted)
+            unsettled = 1.0 if len(outcome.paths) == 1 else _UNRECORDED
+            spent = min(spent, (2.0 if settled else unsettled) * predicted)
             if settled:
                 self.now.error.add(abs(predicted - outcome.total_ms) / outcome.total_ms)
-        tokens, rate = outcome.new_tokens / rows, self.rate
+        tokens, rate = self._shared([len(path) for path in outcome.paths]), self.rate
         self.now.add_rate(tokens, milliseconds)
-        return milliseconds - tokens / rate if rate else 0.0
+        if rate is None or self.now.plain_ms is None:
+            return 0.0
+        return spent - self.now.plain_ms - (tokens - 1.0) / rate
 
     def predict_round_ms(self, num_nodes: int, levels: int, lookup: bool) -> float | None:
         """Milliseconds of a round for the number of rows of the last one; None before any
@@ -413,18 +429,17 @@ class AutoPolicy(Policy):
 
     def _learn_lookup(self, outcome: Outcome) -> None:
         assert outcome.match_lengths is not None
-        rows = len(outcome.paths)
         if outcome.tree.lookup is None:
             self.lookup_gain.add(0.0)
             return
         lookup = outcome.tree.lookup.numpy(force=True)
         parents = outcome.tree.parents.numpy(force=True)
-        brought = 0
+        brought = [0] * len(outcome.paths)
         for row, path in enumerate(outcome.paths):
             kept = 0
             while kept + 1 < len(path) and lookup[row, path[kept + 1]]:
                 kept += 1
-            brought += kept
+            brought[row] = kept
             slot = min(outcome.match_lengths[row], len(LOOKUP_PRIOR) - 1)
             if slot == 0:
                 continue
@@ -436,7 +451,7 @@ class AutoPolicy(Policy):
                     break
                 shares[slot].add(float(node != path[kept]))
                 shares = self.lookup_later
-        self.lookup_gain.add(brought / rows)
+        self.lookup_gain.add(self._shared(brought))
 
     def predictions(self) -> list[whatif.Prediction]:
         """What plain decoding, lookup alone, the best chain and the best tree would bring now."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from treespec import whatif
 from treespec.whatif import RoundCosts
 
@@ -15,6 +17,33 @@ _RATE_ROUNDS = 3.0
 _PLAIN_ROUNDS = 12
 # A wider verification before any was measured: milliseconds of a further node, as a share of one.
 _NODE_SHARE = 0.03
+# The fixed part of a round of several sequences, before it is known.
+_FIXED_SHARE = 0.6
+# Sequences that differ by less than this share of what is left may yet change places.
+_DOUBT = 0.15
+
+
+def row_shares(left: list[int], fixed: float) -> np.ndarray:
+    """What a token of each sequence is worth, as a share of one of every sequence.
+
+    A batch lasts as long as its slowest sequence. A token of any sequence saves that sequence's own
+    part of a round; only one of the sequence that ends last saves a round's fixed part too.
+
+    Args:
+        left: tokens every sequence may still write.
+        fixed: the part of a round's time that does not depend on the number of sequences.
+
+    Returns:
+        float64 `[B]`; their sum is 1.
+    """
+    tokens = np.array(left, dtype=float)
+    if len(tokens) == 1:
+        return np.ones(1)
+    doubt = 2.0 + _DOUBT * tokens.mean()
+    later = np.clip(0.5 + (tokens[:, None] - tokens) / (2.0 * doubt), 1e-3, 1.0)
+    np.fill_diagonal(later, 1.0)
+    last = later.prod(axis=1)
+    return (1.0 - fixed) / len(tokens) + fixed * last / last.sum()
 
 
 class RunningTime:
@@ -101,6 +130,7 @@ class MeasuredCosts:
     """What the parts of a round cost for about this many rows, and the rate they have led to."""
 
     def __init__(self, rows: int, known: RoundCosts | None = None) -> None:
+        self._rows = rows
         self.verify = VerifyCosts(rows, known.verify_ms if known else None)
         drafted = known is not None and known.level_ms
         self.root = RunningTime(known.root_ms if drafted else None)
@@ -147,6 +177,18 @@ class MeasuredCosts:
     def plain_ms(self) -> float | None:
         verify = self.verify.at(1)
         return None if verify is None else verify + (self.overhead.value or 0.0)
+
+    def fixed_share(self, alone: MeasuredCosts) -> float:
+        """The part of a round of plain decoding that does not depend on the number of sequences.
+
+        Args:
+            alone: costs of one sequence.
+        """
+        together, single = self.plain_ms, alone.plain_ms
+        if together is None or single is None or self._rows == 1:
+            return _FIXED_SHARE
+        own = (together - single) / (self._rows - 1)
+        return min(max((single - own) / together, 0.0), 1.0)
 
     @property
     def rate(self) -> float | None:

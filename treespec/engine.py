@@ -182,7 +182,7 @@ class Engine:
         clock = time.perf_counter()
         self.target.rounds_ahead = self._rounds_ahead()
         budgets = [request.max_new_tokens - len(row.new_tokens) for row in self._active]
-        tree, match_lengths, levels = self._grow(request.picker, max(budgets))
+        tree, match_lengths, levels = self._grow(request.picker, budgets)
         grown = time.perf_counter()
         tree, logits = self._verify(tree)
         verified = time.perf_counter()
@@ -207,12 +207,14 @@ class Engine:
         self._count(outcome, 1e3 * (committed - verified))
         return news
 
-    def _grow(self, picker: TokenPicker, budget: int) -> tuple[Tree, list[int] | None, int]:
+    def _grow(
+        self, picker: TokenPicker, budgets: list[int]
+    ) -> tuple[Tree, list[int] | None, int]:
         sequences = self._sequences()
         roots = sequences.roots()
         # the bonus token takes one place, so deeper nodes could never be kept
-        depth = min(self.policy.max_depth, budget - 1)
-        drafts = self.policy.begin_round(len(sequences.lens)) and self.sources
+        depth = min(self.policy.max_depth, max(budgets) - 1)
+        drafts = self.policy.begin_round(budgets) and self.sources
         if depth <= 0 or not drafts:
             return root_only(roots), None, 0
         growth = Growth(roots, picker.implementation)

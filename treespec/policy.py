@@ -73,8 +73,9 @@ class Policy:
         """A new batch of texts begins, whose longest prompt has so many tokens; are new ones
         sampled?"""
 
-    def begin_round(self, rows: int) -> bool:
-        """A round of so many sequences begins; returns whether anything is to be drafted in it."""
+    def begin_round(self, left: list[int]) -> bool:
+        """A round begins, of sequences that may still write so many tokens each; returns whether
+        anything is to be drafted in it."""
         return True
 
     def wants_lookup(self) -> bool:
