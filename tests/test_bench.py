@@ -398,6 +398,36 @@ def test_standing_of_auto_by_hand(record):
     ]
 
 
+def test_ranks_and_their_correlation_by_hand():
+    assert figures.ranks([2.0, 5.0, 2.0, 1.0]) == [2.5, 1.0, 2.5, 4.0]
+    assert figures.rank_correlation([1.0, 2.0, 3.0], [10.0, 20.0, 30.0]) == pytest.approx(1.0)
+    assert figures.rank_correlation([1.0, 2.0, 3.0], [3.0, 2.0, 1.0]) == pytest.approx(-1.0)
+    # 1 - 6 * (1 + 1) / (4 * 15)
+    assert figures.rank_correlation([1, 2, 3, 4], [2, 1, 3, 4]) == pytest.approx(0.8)
+    assert figures.rank_correlation([1.0], [2.0]) is None
+    assert figures.rank_correlation([1.0, 1.0], [2.0, 3.0]) is None
+
+
+def test_a_rerun_is_held_against_the_first_run(finished, tmp_path, capsys):
+    again = json.loads(json.dumps(load(finished)))
+    for sample in again["samples"]:
+        if sample["method"] == figures.BASE:
+            sample["seconds"] *= 3.0
+    other = tmp_path / "again.json"
+    other.write_text(json.dumps(again))
+    assert cli.main(["bench", "report", str(finished), "--against", str(other)]) == 0
+    out = capsys.readouterr().out
+    found = tables.rerun_table(load(finished), again)
+    assert f"over {len(found.rows)} rows" in out and "Spearman" in out
+    assert found.rows[0][0] == figures.BASE and len(found.rows) > 2
+    for _, first, second, *_ in found.rows[1:]:
+        assert float(second[:-1]) == pytest.approx(3 * float(first[:-1]), abs=0.03)
+    again["samples"] = [s for s in again["samples"] if s["method"] != figures.BASE]
+    other.write_text(json.dumps(again))
+    assert cli.main(["bench", "report", str(finished), "--against", str(other)]) == 2
+    assert "--against: " in capsys.readouterr().err
+
+
 def test_latex_is_escaped_and_markdown_is_kept_in_its_cells(record):
     record["methods"][1]["name"] = record["samples"][1]["method"] = "a_b|50%"
     record["samples"][3]["method"] = "a_b|50%"

@@ -245,6 +245,7 @@ def test_tune_measures_and_keeps(cache, tiny_command, capsys):
     assert checked >= {"12 nodes, lookup", "4 nodes, 2 levels of 1"}
     costs, origin = tuner.load(key_of(make_spec()))
     assert report["path"] in origin and set(costs) == {1}
+    assert report["environment"]["versions"]["torch"] == torch.__version__
 
 
 def test_tune_prints_a_table(cache, tiny_command, capsys):

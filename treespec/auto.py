@@ -18,7 +18,7 @@ import numpy as np
 
 from treespec import whatif
 from treespec.beliefs import Belief
-from treespec.costs import FRONTIER_WIDTH, MeasuredCosts, RunningTime, row_shares
+from treespec.costs import FRONTIER_WIDTH, MeasuredCosts, row_shares
 from treespec.policy import (
     COUPLED_SHARPNESS,
     GREEDY_SHARPNESS,
@@ -31,6 +31,8 @@ from treespec.whatif import RoundCosts
 
 # Few widths, so that each is recorded and measured early.
 _NODE_SIZES = (1, 4, 8, 16, 32, 64)
+# And fewer for several sequences, where every number of them makes shapes of its own.
+_BATCH_NODE_SIZES = (1, 8, 16, 32, 64)
 _CHILDREN = 4
 _LEAST_PROBABILITY = 0.02
 # Prompts are of a kind by the bits of their length; all up to 255 tokens are of one.
@@ -101,7 +103,7 @@ class AutoPolicy(Policy):
     """
 
     max_nodes = 64
-    node_sizes = _NODE_SIZES
+    node_sizes: tuple[int, ...] = _NODE_SIZES
 
     def __init__(
         self,
@@ -133,6 +135,7 @@ class AutoPolicy(Policy):
         self._exploring = self._lookup_exploring = self._draft_began = False
         self._depth, self._best_levels = 0, 2
         self._first_chance, self._kind, self._sampled = 0.0, 0, False
+        self._prefill_ms = 0.0
         self._rest = 0
         # what a token of each row of this round is worth
         self._shares = np.ones(1)
@@ -156,11 +159,11 @@ class AutoPolicy(Policy):
             self._costs[rows] = MeasuredCosts(rows)
         return self._costs[rows]
 
-    def begin(self, longest, sampled):
+    def begin(self, longest, sampled, prefill_ms=0.0):
         # a draft may lose its way in long texts, where asking it also costs more to begin with; and
         # sampled text repeats itself less
         self._kind = 2 * max(longest.bit_length(), _SHORT_BITS) + sampled
-        self._sampled = sampled
+        self._sampled, self._prefill_ms = sampled, prefill_ms
         for belief in self._beliefs():
             belief.begin(self._kind)
         self._draft_began, self._rest = False, 0
@@ -172,6 +175,7 @@ class AutoPolicy(Policy):
     def begin_round(self, left):
         self.now = self._costs_for(len(left))
         self._shares = row_shares(left, self.now.fixed_share(self._costs_for(1)))
+        self.node_sizes = _NODE_SIZES if len(left) == 1 else _BATCH_NODE_SIZES
         self._rest -= 1
         return self._rest < 0 and not self.now.needs_plain
 
@@ -265,9 +269,10 @@ class AutoPolicy(Policy):
         return best
 
     def _catch_up_ms(self) -> float:
-        """What the draft's taking in of this text's prompt is still to cost, if that is known."""
-        known = None if self._draft_began else self.now.catch_up.get(self._kind)
-        return known.value or 0.0 if known else 0.0
+        """What the draft's taking in of this text's prompt is still to cost."""
+        if self._draft_began:
+            return 0.0
+        return self.now.catch_up.expected(self._draft_share) * self._prefill_ms
 
     def _draft_ms(self) -> tuple[float, float]:
         """Of the first level and of a further one; a guess before they are known."""
@@ -304,7 +309,8 @@ class AutoPolicy(Policy):
         total = int((probabilities > 0).sum(1).max(initial=0))
         root = 0 if with_root else 1
         rate, best, best_value = self.rate, 1 - root, None
-        for size in _NODE_SIZES:
+        largest = max(self.now.verify.times, default=1)
+        for size in self.node_sizes:
             count = min(size - root, total)
             cost = self.now.verify.at(size)
             if rate is None or cost is None:
@@ -312,7 +318,8 @@ class AutoPolicy(Policy):
             value = (float(expected[count - 1]) if count else 0.0) - rate * cost
             if best_value is None or value > best_value:
                 best, best_value = count, value
-            if count == total:
+            # of several sequences wide forwards are dear: one width at a time
+            if count == total or (len(self._shares) > 1 and size > largest):
                 break
         return best
 
@@ -353,14 +360,14 @@ class AutoPolicy(Policy):
         predicted = self.predict_round_ms(
             outcome.num_nodes, outcome.draft_levels, outcome.match_lengths is not None
         )
-        if self._exploring and not self._draft_began:
-            predicted = None  # the prompt's share is no part of it, and is spent all the same
         if predicted is not None:
             # a recording must not move the yardstick, nor a busy machine much
             settled = outcome.settled and outcome.draft_settled
             milliseconds = min(milliseconds, (2.0 if settled else 1.0) * predicted)
             unsettled = 1.0 if len(outcome.paths) == 1 else _UNRECORDED
-            spent = min(spent, (2.0 if settled else unsettled) * predicted)
+            # the prompt's share is no part of a usual round, and is spent all the same
+            catch_up = self._catch_up_ms() if outcome.draft_levels else 0.0
+            spent = min(spent, (2.0 if settled else unsettled) * predicted + catch_up)
             if settled:
                 self.now.error.add(abs(predicted - outcome.total_ms) / outcome.total_ms)
         tokens, rate = self._shared([len(path) for path in outcome.paths]), self.rate
@@ -386,9 +393,10 @@ class AutoPolicy(Policy):
             # the first time in a text takes in its prompt
             self._draft_began = True
             usual = sum(self._draft_ms()) if now.root.value else 0.0
-            known = now.catch_up.setdefault(self._kind, RunningTime())
-            # the smallest so far: the first of all take in recordings too
-            known.add(max(outcome.draft_ms - usual, 0.0), settled=False)
+            if self._prefill_ms > 0:
+                # the smallest so far: the first of all take in recordings too
+                share = max(outcome.draft_ms - usual, 0.0) / self._prefill_ms
+                now.catch_up.add(share, settled=False)
             return
         lookup = now.miss if outcome.tree.lookup is None else now.lookup
         spent = outcome.draft_ms - ((lookup.value or 0.0) if looked else 0.0)

@@ -347,9 +347,12 @@ def run_tune(arguments: argparse.Namespace) -> int:
     except tuner.TuningError as error:
         raise UsageError(f"{error}; {tuner.CACHE_VARIABLE} names another directory") from None
     if arguments.json:
+        from treespec.bench.results import environment
+
         report = {
             "path": str(path),
             "device": key.device,
+            "environment": environment(),
             "costs": {rows: vars(known) for rows, known in costs.items()},
             "check": [
                 {"rows": rows, "shape": str(shape), "predicted_ms": predicted, "measured_ms": ms}

@@ -47,7 +47,8 @@ def row_shares(left: list[int], fixed: float) -> np.ndarray:
 
 
 class RunningTime:
-    """A cost in milliseconds that follows slow drift and shrugs off outliers."""
+    """A cost, in milliseconds unless said otherwise, that follows slow drift and shrugs off
+    outliers."""
 
     def __init__(self, milliseconds: float | None = None) -> None:
         self.value = milliseconds
@@ -138,7 +139,8 @@ class MeasuredCosts:
         self.lookup = RunningTime(known.lookup_ms if known and known.lookup_ms else None)
         self.miss = RunningTime()
         self.overhead = RunningTime(known.overhead_ms if known else None)
-        self.catch_up: dict[int, RunningTime] = {}
+        # what it takes the draft to take in prompts, over what it takes the target
+        self.catch_up = RunningTime()
         self.tokens = self.milliseconds = self._usual_rate = 0.0
         self._rounds = self._all_rounds = 0
         # how far predicted times of rounds were from measured ones

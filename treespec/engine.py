@@ -137,10 +137,12 @@ class Engine:
         self._lens = [len(prompt) for prompt in request.prompts]
         widest = round_up_nodes(self.policy.max_nodes, self.policy.node_sizes)
         slack = widest + (PREFILL_CHUNK if batch > 1 else 0)
-        self.policy.begin(longest, request.picker.do_sample)
         self.target.begin()
         self.target.allocate(batch, _round_up(capacity + slack, 256))
+        started = time.perf_counter()
         self.target.ingest(self._tokens, [length - 1 for length in self._lens])
+        prefill_ms = 1e3 * (time.perf_counter() - started)
+        self.policy.begin(longest, request.picker.do_sample, prefill_ms)
         for source in self.sources:
             source.begin(self._sequences(), _round_up(capacity + slack, 256))
 
@@ -148,11 +150,12 @@ class Engine:
         return Sequences(self._tokens, self._lens, self._rounds_ahead())
 
     def _rounds_ahead(self) -> float | None:
-        """About how many rounds are still to come, from those so far; None while warming up."""
+        """About how many rounds of as many rows are still to come, from those so far; None while
+        warming up."""
         request, rounds = self._request, self.stats.rounds
         if request is None or request.warming:
             return None
-        left = request.max_new_tokens - min(len(row.new_tokens) for row in self._active)
+        left = request.max_new_tokens - max(len(row.new_tokens) for row in self._active)
         if not self.sources:
             return left
         written = sum(len(row.new_tokens) for row in self._active) / len(self._active)

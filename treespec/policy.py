@@ -69,9 +69,14 @@ class Policy:
         first = [LOOKUP_PRIOR[min(length, len(LOOKUP_PRIOR) - 1)] for length in match_lengths]
         return first, [max(chance, LOOKUP_LATER) for chance in first]
 
-    def begin(self, longest: int, sampled: bool) -> None:
-        """A new batch of texts begins, whose longest prompt has so many tokens; are new ones
-        sampled?"""
+    def begin(self, longest: int, sampled: bool, prefill_ms: float = 0.0) -> None:
+        """A new batch of texts begins.
+
+        Args:
+            longest: tokens of the longest prompt.
+            sampled: new tokens are sampled.
+            prefill_ms: what it took the target to take in the prompts.
+        """
 
     def begin_round(self, left: list[int]) -> bool:
         """A round begins, of sequences that may still write so many tokens each; returns whether

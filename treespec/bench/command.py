@@ -263,11 +263,27 @@ def run_report(arguments: argparse.Namespace) -> int:
 
     path = Path(arguments.file)
     record = results.load_finished(path)
+    if arguments.against:
+        return _report_rerun(record, Path(arguments.against), arguments.format)
     if arguments.plots:
         for drawn in plots.draw(record, Path(arguments.plots), path.stem):
             print(drawn, file=sys.stderr)
     render = tables.latex if arguments.format == "latex" else tables.markdown
     print(render(record), end="")
+    return 0
+
+
+def _report_rerun(record: dict[str, Any], path: Path, form: str) -> int:
+    """Prints how two runs rank the same rows."""
+    from treespec.bench import figures, results, tables
+
+    other = results.load_finished(path)
+    cells = figures.cells(record) if record["kind"] == "suite" else [{}]
+    made = [tables.rerun_table(record, other, **cell) for cell in cells]
+    shared = [table for table in made if table is not None]
+    if not shared:
+        raise UsageError(f"--against: {str(path)!r} has no row in common with the other file")
+    print("\n".join(t.latex() if form == "latex" else t.markdown() for t in shared), end="")
     return 0
 
 
@@ -410,6 +426,9 @@ def add_parser(commands, machine, positive: Callable[[str], int], parser_class: 
     report.add_argument("file", metavar="FILE", help="JSON of a finished run")
     report.add_argument(
         "--format", default="markdown", choices=("markdown", "latex"), help="default: markdown"
+    )
+    report.add_argument(
+        "--against", metavar="OTHER", help="how another run of the same table ranks its rows"
     )
     report.add_argument("--plots", metavar="FOLDER", help="where to draw PNG files")
     report.set_defaults(run=run_report)

@@ -47,6 +47,23 @@ def paired_ratio(
     return ratio(list(range(count))), percentile(drawn, 0.025), percentile(drawn, 0.975)
 
 
+def ranks(values: list[float]) -> list[float]:
+    """Places from 1 for the largest; equal values share the mean of theirs."""
+    return [
+        1 + sum(other > value for other in values) + (values.count(value) - 1) / 2
+        for value in values
+    ]
+
+
+def rank_correlation(first: list[float], second: list[float]) -> float | None:
+    """Spearman's: 1 where both put everything in the same order; None for fewer than two values, or
+    where all of one are equal."""
+    try:
+        return statistics.correlation(ranks(first), ranks(second))
+    except statistics.StatisticsError:
+        return None
+
+
 def row(method: dict[str, Any], samples: list[dict], base: list[dict]) -> dict[str, Any]:
     """One row: a method's samples beside those of plain generation on the same tasks.
 

@@ -260,6 +260,33 @@ def standing_table(record: dict[str, Any], **cell: Any) -> Table | None:
     return Table(f"Standing of auto{_cell_name(cell)}{_label(record)}", columns, lines)
 
 
+def rerun_table(record: dict[str, Any], other: dict[str, Any], **cell: Any) -> Table | None:
+    """Speedups and places of the rows that two records share; None where there are none."""
+    theirs = {row["name"]: row["speedup"] for row in figures.rows(other, **cell)}
+    ours = {
+        row["name"]: row["speedup"]
+        for row in figures.rows(record, **cell)
+        if row["name"] in theirs
+    }
+    if not ours:
+        return None
+    first, second = list(ours.values()), [theirs[name] for name in ours]
+    lines = [
+        [name, f"{a:.2f}×", f"{b:.2f}×", f"{place:g}", f"{place_there:g}"]
+        for name, a, b, place, place_there in zip(
+            ours, first, second, figures.ranks(first), figures.ranks(second)
+        )
+    ]
+    commits = [each["environment"]["commit"] for each in (record, other)]
+    return Table(
+        f"Twice the same table{_cell_name(cell)}{_label(record)}",
+        ["method", "speedup", "speedup of the other", "place", "place of the other"],
+        lines,
+        f"Spearman's rank correlation {_number(figures.rank_correlation(first, second))} over "
+        f"{len(ours)} rows; commits {commits[0]} and {commits[1]}.",
+    )
+
+
 def not_run_note(record: dict[str, Any]) -> str:
     """What was left out and why, a line each."""
     return "\n".join(f"- not run: {name}: {why}" for name, why in record["not_run"].items())

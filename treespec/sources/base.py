@@ -23,7 +23,8 @@ class Sequences:
             undefined.
         lens: committed tokens of every row; the last one is the root, whose key-value row is not
             written yet.
-        rounds_ahead: about how many rounds are still to come; None where that is unknown.
+        rounds_ahead: about how many rounds of as many rows are still to come; None where that is
+            unknown.
     """
 
     tokens: torch.Tensor
