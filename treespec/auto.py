@@ -47,6 +47,8 @@ _CATCH_UP_ROUNDS = 25
 _REST_ROUNDS = 3
 # Share of the time lately passed that a source of drafts may lose.
 _EXPLORATION = 0.012
+# And the share that a draft may have lost and still be asked where it is expected to pay.
+_DRAFT_DEBT = 0.03
 # What a round's time and losses still count after the next one.
 _MEMORY = 0.998
 # How much longer than predicted a round of forwards yet to be recorded is taken to have been.
@@ -57,7 +59,8 @@ class Purse:
     """What may be lost by a source of drafts: a small share of the time lately passed.
 
     Gains make up for losses and are not saved up, so what a source is worth in one place cannot be
-    lost in another.
+    lost in another. A draft in debt is left alone, whatever is expected of it; so are lookups for
+    several sequences.
     """
 
     def __init__(self) -> None:
@@ -73,9 +76,9 @@ class Purse:
         self._elapsed = _MEMORY * self._elapsed + milliseconds
         self._lost *= _MEMORY
 
-    @property
-    def in_debt(self) -> bool:
-        return self._lost > _EXPLORATION * self._elapsed
+    def owes(self, share: float) -> bool:
+        """Whether more than that share of the time was lost."""
+        return self._lost > share * self._elapsed
 
     def allows(self, milliseconds: float) -> bool:
         """Whether a trial of that cost may be made, of what is not expected to pay: while trials
@@ -188,11 +191,6 @@ class AutoPolicy(Policy):
         """What something of every row is worth, as if all rows had it."""
         return float(self._shares @ np.asarray(of_rows, dtype=float))
 
-    def _shut(self, purse: Purse) -> bool:
-        """Whether a source is left alone, whatever is expected of it: of several sequences few
-        shapes come to be recorded, and their slowest decides, so expectations are less sure."""
-        return len(self._shares) > 1 and purse.in_debt
-
     def _pays(self, tokens: float, milliseconds: float) -> bool:
         return self.rate is None or tokens > self.rate * milliseconds
 
@@ -211,7 +209,7 @@ class AutoPolicy(Policy):
         gain = self._shared([self.match_gain[slot].value if slot else 0.0 for slot in slots])
         cost = (self.now.lookup.value or 0.0) - (self.now.miss.value or 0.0)
         if self._pays(gain, cost):
-            return not self._shut(self._lookup_purse)
+            return len(slots) == 1 or not self._lookup_purse.owes(_EXPLORATION)
         self._lookup_exploring = True
         return self._lookup_purse.allows(cost)
 
@@ -237,7 +235,8 @@ class AutoPolicy(Policy):
         if self.now.root.value is None:
             return True  # what it costs is worth knowing; the second time tells, without the prompt
         if self.rate is None or self._draft_value(lookup_scores) > 0.0:
-            return not self._shut(self._draft_purse)
+            limit = _DRAFT_DEBT if len(self._shares) == 1 else _EXPLORATION
+            return not self._draft_purse.owes(limit)
         if self.draft_first.untold:
             self._draft_purse.begin()
         self._exploring = self._draft_purse.allows(self._draft_ms()[0] + self._catch_up_ms())

@@ -17,6 +17,8 @@ _RATE_ROUNDS = 3.0
 _PLAIN_ROUNDS = 12
 # A wider verification before any was measured: milliseconds of a further node, as a share of one.
 _NODE_SHARE = 0.03
+# Measurements of a size after which it tells the pace of all.
+_SURE = 10
 # The fixed part of a round of several sequences, before it is known.
 _FIXED_SHARE = 0.6
 # Sequences that differ by less than this share of what is left may yet change places.
@@ -86,6 +88,8 @@ class VerifyCosts:
         self._rows = rows
         self.times = dict(known or {})
         self.pace = 1.0
+        # settled measurements of every size
+        self._counts = dict.fromkeys(self.times, _SURE)
         # of forwards that were not recorded yet, used until there is better
         self._early: dict[int, float] = {}
         # answers since the last measurement
@@ -99,10 +103,14 @@ class VerifyCosts:
         usual = self.times.get(num_nodes)
         if usual is None:
             self.times[num_nodes] = milliseconds / self.pace
+            self._counts[num_nodes] = 1
             return
+        count = self._counts[num_nodes] = self._counts[num_nodes] + 1
         ratio = min(max(milliseconds / usual, 0.7 * self.pace), 1.4 * self.pace)
-        self.pace += 0.1 * (ratio - self.pace)
-        self.times[num_nodes] += 0.05 * (usual * ratio / self.pace - usual)
+        # a size that was measured once or twice says little of the pace
+        self.pace += 0.1 * min(count / _SURE, 1.0) * (ratio - self.pace)
+        step = max(1.0 / count, 0.05)
+        self.times[num_nodes] += step * (usual * ratio / self.pace - usual)
 
     def at(self, num_nodes: int) -> float | None:
         """Measured, or on a line between what was measured; None before any measurement."""
