@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from treespec import TreeSpeculator
 from treespec.auto import AutoPolicy, Purse
 from treespec.beliefs import Belief
 from treespec.costs import MeasuredCosts, RunningTime, VerifyCosts, row_shares
+from treespec.engine import Row
 from treespec.sources import OneShotSource, Proposal
 from treespec.tree import Growth
 from treespec.whatif import RoundCosts
@@ -481,6 +483,38 @@ def test_known_costs_decide_the_first_round():
     assert not tuned(level_ms=12.0, root_ms=12.0).wants_draft(nothing)
 
 
+def test_a_draft_in_debt_is_left_alone_whatever_is_expected_of_it():
+    policy, nothing = tuned(), torch.zeros(1, 0)
+    policy._draft_purse.pass_time(1000.0)
+    policy._draft_purse.pay(40.0, trial=False)
+    assert not policy.wants_draft(nothing)
+    policy._draft_purse.pay(-20.0, trial=False)
+    assert policy.wants_draft(nothing)
+
+
+def test_a_long_prompt_makes_the_first_ask_dear():
+    policy, nothing = tuned(), torch.zeros(1, 0)
+    policy.begin(16, False, prefill_ms=1.0)
+    assert policy.wants_draft(nothing)
+    policy.begin(16, False, prefill_ms=4000.0)
+    assert not policy.wants_draft(nothing)
+
+
+def test_widths_of_several_sequences_are_few_and_tried_one_at_a_time():
+    policy = tuned()
+    costs = policy._costs_for(4)
+    costs.verify.add(1, 4.0)
+    costs._all_rounds = 100
+    policy.begin_round([50] * 4)
+    assert 4 not in policy.node_sizes
+    likely = torch.full((4, 64), -0.01)
+    assert policy.nodes_to_verify(likely) == 8
+    costs.verify.add(8, 4.1)
+    assert policy.nodes_to_verify(likely) == 16
+    policy.begin_round([50])
+    assert 4 in policy.node_sizes
+
+
 def test_wide_verifications_must_pay():
     likely = torch.tensor([[0.0, *[-0.2] * 15, *[-9.0] * 20]])
     assert tuned().nodes_to_verify(likely) == 16
@@ -519,6 +553,14 @@ def test_short_texts_do_not_pay_for_recordings(recordings_cost):
     for _ in range(3):
         short.generate(ids, max_new_tokens=8, do_sample=False)
     assert recorded(short) == 1
+
+
+def test_shapes_of_a_batch_are_of_use_until_its_fastest_sequence_ends():
+    target, _ = tiny_pair("llama")
+    engine = TreeSpeculator(target, None)._engine
+    engine._request = SimpleNamespace(max_new_tokens=20, warming=False)
+    engine._active = [Row(0, [1] * 15), Row(1, [1] * 2)]
+    assert engine._rounds_ahead() == 5
 
 
 def test_warming_up_records_at_once(recordings_cost):

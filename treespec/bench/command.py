@@ -263,11 +263,11 @@ def run_report(arguments: argparse.Namespace) -> int:
 
     path = Path(arguments.file)
     record = results.load_finished(path)
-    if arguments.against:
-        return _report_rerun(record, Path(arguments.against), arguments.format)
     if arguments.plots:
         for drawn in plots.draw(record, Path(arguments.plots), path.stem):
             print(drawn, file=sys.stderr)
+    if arguments.against:
+        return _report_rerun(record, Path(arguments.against), arguments.format)
     render = tables.latex if arguments.format == "latex" else tables.markdown
     print(render(record), end="")
     return 0
