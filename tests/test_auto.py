@@ -7,7 +7,9 @@ a given cost, so the decisions of the policy are real and their price is exact.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +23,7 @@ from treespec.auto import AutoPolicy, Purse
 from treespec.beliefs import Belief
 from treespec.costs import MeasuredCosts, RunningTime, VerifyCosts, row_shares
 from treespec.engine import Row
+from treespec.policy import Outcome
 from treespec.sources import OneShotSource, Proposal
 from treespec.tree import Growth
 from treespec.whatif import RoundCosts
@@ -288,6 +291,18 @@ def test_one_lucky_measurement_of_a_width_is_no_change_of_pace():
     assert costs.at(8) == pytest.approx(11.0, rel=0.05)
 
 
+def test_a_width_measured_in_a_busy_moment_is_tried_again_some_texts_later():
+    costs = VerifyCosts(1)
+    for _ in range(20):
+        costs.add(1, 5.0)
+        costs.add(16, 12.0)
+    costs.add(8, 40.0)
+    for _ in range(12):
+        costs.begin()
+    assert costs.at(8) < 13.0
+    assert costs.at(16) == pytest.approx(12.0) and costs.at(1) == pytest.approx(5.0)
+
+
 def test_unrecorded_forwards_are_only_believed_until_there_is_better():
     costs = VerifyCosts(1)
     costs.add(8, 40.0, settled=False)
@@ -356,20 +371,119 @@ def test_trials_that_gain_go_on_and_one_that_lost_is_the_last_of_its_text():
     assert not purse.allows(0.1)
     purse.begin()
     assert purse.allows(10.0)
+    purse.pay(3.0, trial=True)
+    purse.pass_time(300.0)
+    assert not purse.allows(0.1)
+    purse.pass_time(100.0)
+    assert purse.allows(0.1), "3 ms are 0.8 % of 375"
 
 
-def test_debts_are_of_the_time_lately_passed_and_gains_are_not_saved_up():
+LATELY, HERE = (0.01, math.inf), (math.inf, 0.02)
+
+
+def test_debts_are_of_the_time_lately_passed_and_little_of_gains_is_saved_up():
     purse = Purse()
     purse.pass_time(1000.0)
     purse.pay(-500.0, trial=False)
+    purse.begin()
+    purse.pay(15.0, trial=False)
+    assert not purse.owes(LATELY, 0.0)
+    purse.pay(10.0, trial=False)
+    assert purse.owes(LATELY, 0.0), "an earlier gain is no licence to lose"
+    purse.pay(-10.0, trial=False)
+    assert not purse.owes(LATELY, 0.0), "a later gain makes up for the loss"
     purse.pay(40.0, trial=False)
-    assert purse.owes(0.012), "an earlier gain is no licence to lose"
-    purse.pay(-35.0, trial=False)
-    assert not purse.owes(0.012), "a later gain makes up for the loss"
+    purse.pass_time(5000.0, rounds=1000)
+    assert not purse.owes(LATELY, 0.0)
+
+
+def test_a_text_in_which_a_source_gained_is_not_charged_for_others():
+    purse = Purse()
+    purse.pass_time(1000.0)
     purse.pay(40.0, trial=False)
-    for _ in range(1000):
-        purse.pass_time(5.0)
-    assert not purse.owes(0.012)
+    purse.begin()
+    assert purse.owes(LATELY, 0.0)
+    purse.pay(-2.0, trial=False)
+    assert not purse.owes(LATELY, 0.0)
+
+
+def test_no_more_than_a_share_of_a_text_is_lost_in_it():
+    purse = Purse()
+    purse.pass_time(100_000.0)
+    purse.begin()
+    purse.pay(8.0, trial=False)
+    assert not purse.owes(HERE, ahead_ms=500.0)
+    assert purse.owes(HERE, ahead_ms=300.0), "8 ms are more than 2 % of what is left"
+    purse.pass_time(200.0)
+    assert not purse.owes(HERE, ahead_ms=300.0)
+    purse.begin()
+    assert not purse.owes(HERE, ahead_ms=300.0)
+
+
+def test_what_recording_takes_is_no_loss_and_unrecorded_forwards_of_a_batch_are():
+    """One sequence has few shapes, which are soon recorded; those of several come and go."""
+    lost = {}
+    for rows in (1, 2):
+        for extra in (0.0, 9.0):
+            policy = tuned()
+            policy._costs_for(2).verify.add(1, 4.0)
+            policy._costs_for(2).verify.add(4, 5.0)
+            policy.begin_round([50] * rows)
+            outcome = Outcome(
+                tree=None,
+                paths=[[0]] * rows,
+                match_lengths=None,
+                draft_levels=0,
+                draft_ms=0.0,
+                verify_ms=5.0 + extra,
+                total_ms=5.3 + extra,
+                num_nodes=4,
+                new_tokens=rows,
+                sampled=False,
+                verify_extra_ms=extra,
+            )
+            lost[rows, extra] = policy._observe_rate(outcome)
+    assert lost[1, 9.0] == pytest.approx(lost[1, 0.0])
+    assert lost[2, 9.0] == pytest.approx(lost[2, 0.0] + 9.0)
+
+
+def test_there_is_a_rest_after_looking_in_vain_but_not_in_text_that_repeats_itself():
+    plain = Outcome(
+        tree=SimpleNamespace(lookup=None),
+        paths=[[0]],
+        match_lengths=[0],
+        draft_levels=0,
+        draft_ms=0.5,
+        verify_ms=4.0,
+        total_ms=4.8,
+        num_nodes=1,
+        new_tokens=1,
+        sampled=False,
+    )
+    policy = tuned()
+    rests = []
+    for gain in (0.0, 4.0):
+        policy.lookup_gain = Belief(gain, 1000.0)
+        assert policy.begin_round([50])
+        policy.observe(plain)
+        asked = 0
+        while not policy.begin_round([50]):
+            policy.observe(dataclasses.replace(plain, match_lengths=None))
+            asked += 1
+        rests.append(asked)
+    assert rests[0] > 0 and rests[1] == 0
+
+
+def test_a_trial_verifies_what_was_drafted():
+    """Growing candidates and verifying none of them would tell nothing."""
+    policy = tuned(level_ms=3.0, root_ms=4.0)
+    unlikely = torch.tensor([[0.0, *[-4.0] * 12]])
+    policy.begin_round([50])
+    policy._draft_purse.pass_time(100_000.0)
+    policy.wants_draft(torch.zeros(1, 0))
+    assert policy._exploring and policy.nodes_to_verify(unlikely) == policy.node_sizes[1]
+    policy.begin_round([50])
+    assert policy.nodes_to_verify(unlikely) == 1
 
 
 # --- several sequences ---------------------------------------------------------------------------
@@ -450,6 +564,19 @@ def test_kinds_of_texts_are_kept_apart():
     assert belief.value == 0.5
 
 
+def test_less_is_expected_of_a_kind_of_which_nothing_was_seen():
+    belief = Belief(0.8)
+    belief.begin(1)
+    belief.expect_less(0.5)
+    belief.expect_less(0.5)
+    assert belief.value == pytest.approx(0.4)
+    belief.add(1.0)
+    belief.begin(1)
+    before = belief.value
+    belief.expect_less(0.5)
+    assert belief.value == before
+
+
 def test_what_a_text_told_goes_stale():
     belief = Belief(0.8)
     for _ in range(3):
@@ -485,10 +612,11 @@ def test_known_costs_decide_the_first_round():
 
 def test_a_draft_in_debt_is_left_alone_whatever_is_expected_of_it():
     policy, nothing = tuned(), torch.zeros(1, 0)
+    policy.begin_round([500])
     policy._draft_purse.pass_time(1000.0)
     policy._draft_purse.pay(40.0, trial=False)
     assert not policy.wants_draft(nothing)
-    policy._draft_purse.pay(-20.0, trial=False)
+    policy._draft_purse.pay(-35.0, trial=False)
     assert policy.wants_draft(nothing)
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import itertools
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -137,11 +139,11 @@ def test_suite_runs_by_temperature_and_batch(tmp_path, capsys):
     assert tokens["transformers plain", "dynatree_fallback-0-t1-b2"] == 12
 
 
-def wrong_text(generate):
-    """A `generate` that is off by one token at the end, for drafts only."""
+def wrong_text(output):
+    """An `_output` that is off by one token at the end, for drafts only."""
 
-    def run(self, input_ids, *arguments, **kwargs):
-        ids = generate(self, input_ids, *arguments, **kwargs)
+    def run(self, request, config):
+        ids = output(self, request, config)
         if self.shape is not None and self._model is not None:
             ids[0, -1] = (ids[0, -1] + 1) % 4096
         return ids
@@ -151,8 +153,8 @@ def wrong_text(generate):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_wrong_text_turns_the_run_red_before_any_time(dtype, monkeypatch, tmp_path, capsys):
-    generate = treespec.TreeSpeculator.generate
-    monkeypatch.setattr(treespec.TreeSpeculator, "generate", wrong_text(generate))
+    output = treespec.TreeSpeculator._output
+    monkeypatch.setattr(treespec.TreeSpeculator, "_output", wrong_text(output))
     path = tmp_path / "red.json"
     command = [*REFERENCE, "--samples", "1", "--rows", "K=4 (draft)", "--output", str(path)]
     code = cli.main([*command, "--dtype", dtype])
@@ -194,8 +196,8 @@ def test_the_pytest_benchmarks_check_before_they_time(monkeypatch):
 
     with pytest.raises(Timed):
         script.check_then_time(script.rows()["treespec linear K=4 (draft)"], Benchmark())
-    generate = treespec.TreeSpeculator.generate
-    monkeypatch.setattr(treespec.TreeSpeculator, "generate", wrong_text(generate))
+    output = treespec.TreeSpeculator._output
+    monkeypatch.setattr(treespec.TreeSpeculator, "_output", wrong_text(output))
     with pytest.raises(AssertionError, match="wrote another text"):
         script.check_then_time(script.rows()["treespec linear K=4 (draft)"], Benchmark())
 
@@ -204,13 +206,14 @@ def test_an_interrupted_run_goes_on_where_it_stopped(monkeypatch, tmp_path, caps
     timed, calls = protocol.timed, []
     path = tmp_path / "run.json"
 
-    def interrupted(method, task):
-        calls.append(method.name)
-        if len(calls) == 7:
-            # on disk already, so that not even a killed process loses them
-            assert len(load(path)["samples"]) == 3
-            raise KeyboardInterrupt
-        return timed(method, task)
+    def interrupted(party, task):
+        for method, found, seconds in timed(party, task):
+            calls.append(method.name)
+            if len(calls) == 7:
+                # on disk already, so that not even a killed process loses them
+                assert len(load(path)["samples"]) == 3
+                raise KeyboardInterrupt
+            yield method, found, seconds
 
     monkeypatch.setattr(protocol, "timed", interrupted)
     command = [*REFERENCE, "--samples", "3", "--rows", "K=4 (draft),treespec plain"]
@@ -503,6 +506,37 @@ def compare(pair, run, task, *more: methods.Method) -> dict:
     plain = methods.transformers_methods(pair)[0]
     comparison = protocol.Comparison(pair, oracle, run, 1, None, lambda note: None)
     return comparison.run([protocol.Group([plain, *more], [task], {})])
+
+
+def stepping(name: str, log: list[str], rounds: int, seconds: float) -> methods.Method:
+    """A method of ours that writes the oracle's text in so many rounds of so many seconds."""
+
+    def steps(task):
+        for _ in range(rounds):
+            time.sleep(seconds)
+            log.append(name)
+            yield
+        return methods.Continuation(torch.zeros(1, 1))
+
+    return methods.Method(name, lambda: methods.Stepwise(steps), ours=True)
+
+
+def test_methods_of_ours_run_side_by_side_on_their_own_time(task, monkeypatch):
+    monkeypatch.setattr(protocol, "SLICE_S", 0.05)
+    log: list[str] = []
+    quick, slow = stepping("quick", log, 8, 0.02), stepping("slow", log, 8, 0.04)
+    found = {m.name: seconds for m, _, seconds in protocol.timed([slow, quick], task)}
+    assert list(found) == ["quick", "slow"], "the one that is done first comes first"
+    assert 0.16 <= found["quick"] <= 0.3 and 0.32 <= found["slow"] <= 0.5
+    switches = sum(a != b for a, b in itertools.pairwise(log))
+    assert switches >= 4 and sorted(log) == ["quick"] * 8 + ["slow"] * 8
+    assert methods.Stepwise(stepping("once", log, 2, 0.0).run.steps)(task).ids.shape == (1, 1)
+
+
+def test_others_run_one_after_another_and_ours_together():
+    named = {n: methods.Method(n, lambda: None, ours=n in "bd") for n in "abcd"}
+    parties = protocol._parties([named[n] for n in "abcd"])
+    assert [[m.name for m in party] for party in parties] == [["a"], ["b", "d"], ["c"]]
 
 
 def test_others_that_fail_are_left_out_by_name_and_ours_are_not(pair, task, tmp_path):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from lossless_checks import first_difference, prompt_batch
 from tiny_models import prompts, tiny_pair
 from torch import nn
 
+import treespec.model
 from treespec import BestFirstTree, TreeSpeculator
 from treespec.capture import Recorder, RecordingRefused, compile_recording, opaque
+from treespec.model import TreeModel, _WeightMarks
 
 SHAPE = BestFirstTree(max_nodes=16, depth=4, width=4)
 
@@ -324,6 +327,82 @@ def test_dead_intermediates_are_let_go():
     seen.clear()
     replay(torch.ones(8))
     assert len(seen) == 4 and all(ref() is None for ref in seen)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """A clock that only the target's forwards move: an eager one by 9 ms, a replay by 4 ms."""
+    clock = SimpleNamespace(ms=0.0)
+    monkeypatch.setattr(
+        treespec.model, "time", SimpleNamespace(perf_counter=lambda: clock.ms / 1e3)
+    )
+    eager, compile_ = TreeModel._call, treespec.model.compile_recording
+
+    def slow(self, *arguments, **keywords):
+        clock.ms += 9.0
+        return eager(self, *arguments, **keywords)
+
+    def compiled(*arguments):
+        replay = compile_(*arguments)
+
+        def fast(*inputs):
+            clock.ms += 4.0
+            return replay(*inputs)
+
+        return fast
+
+    monkeypatch.setattr(TreeModel, "_call", slow)
+    monkeypatch.setattr(treespec.model, "compile_recording", compiled)
+    return clock
+
+
+def test_a_round_tells_recording_and_unrecorded_forwards_from_what_stays(counted, monkeypatch):
+    """Whatever state the recording of a shape is in, its forward is known to cost 4 ms in the
+    end."""
+    monkeypatch.setattr("treespec.model._CALLS_THAT_PAY", 3)
+    target, _ = tiny_pair("llama")
+    model = TreeSpeculator(target, None)._target
+    model.begin()
+    model.allocate(1, 64)
+    with torch.inference_mode():
+        model.forward_chain(torch.arange(1, 9).unsqueeze(0))
+    model.cache.commit([list(range(8))])
+    seen = []
+    for width in (1, 1, 1, 1, 1, 1, 2, 2, 2):
+        model.rounds_ahead = 0.0
+        model.start_round()
+        before = counted.ms
+        tokens, positions = torch.full((1, width), 5), torch.full((1, width), 8)
+        with torch.inference_mode():
+            model.forward(tokens, positions, torch.eye(width, dtype=torch.bool)[None])
+        spent = counted.ms - before
+        stays = spent - model.recording_ms - model.unrecorded_ms
+        seen.append((model.settled, round(model.recording_ms), round(stays)))
+    unknown, recording, replayed = (False, 0, 9), (True, 9, 4), (True, 0, 4)
+    checking = recording
+    # three calls of one node make it worth recording; what a call saves is known from there on
+    assert seen[:2] == [unknown, unknown]
+    assert seen[2:6] == [recording, checking, replayed, replayed]
+    assert seen[6:] == [replayed, replayed, recording]
+    assert model.unrecorded_ms == 0.0
+
+
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_entries_of_a_weight_are_looked_at_where_they_are(contiguous):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            weight = torch.ones(6, 4)
+            self.weight = nn.Parameter(weight if contiguous else weight.T)
+            self.scale = nn.Parameter(torch.tensor(1.0, dtype=torch.bfloat16))
+            self.register_buffer("empty", torch.zeros(0))
+
+    model, marks = Model(), _WeightMarks()
+    before = marks.of(model, sampled=True)
+    assert marks.of(model, sampled=True) == before
+    model.weight.data.mul_(2.0)
+    assert marks.of(model, sampled=True) != before
+    assert marks.of(model, sampled=False) != before
 
 
 def test_a_write_through_data_is_noticed():

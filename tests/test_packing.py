@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -148,6 +150,37 @@ def test_the_packing_budget_is_kept(always_faster, monkeypatch, share):
     assert spec._target._packed.bytes <= budget
     assert (spec._target._packed.bytes == size) == (share == 1.0)
     assert (spec._target._packed.bytes == 0) == (share == 0.0)
+
+
+def test_speculators_of_one_model_share_its_packed_weights(always_faster):
+    target = copy.deepcopy(tiny_pair("llama")[0])
+    first, second = (TreeSpeculator(target, "ngram", tree=SHAPE) for _ in range(2))
+    assert_lossless(first)
+    size = first._target._packed.bytes
+    assert_lossless(second)
+    assert size > 0 and second._target._packed is first._target._packed
+    assert second._target._packed.bytes == size
+
+
+def test_a_speculator_made_after_a_change_of_weights_packs_them_anew(always_faster):
+    target = copy.deepcopy(tiny_pair("llama")[0])
+    assert_lossless(TreeSpeculator(target, "ngram", tree=SHAPE))
+    with torch.no_grad():
+        for weight in target.parameters():
+            weight.mul_(0.5)
+    spec = TreeSpeculator(target, "ngram", tree=SHAPE)
+    assert_lossless(spec)
+    assert spec._target.recording_reason is None
+    assert any(r.replay is not None for r in spec._target._recordings.values())
+
+
+def test_packed_weights_go_with_their_model(always_faster):
+    target = copy.deepcopy(tiny_pair("llama")[0])
+    assert_lossless(TreeSpeculator(target, "ngram", tree=SHAPE))
+    packed = weakref.ref(PackedWeights.of(target, 0))
+    del target
+    gc.collect()
+    assert packed() is None
 
 
 def test_reset_gives_the_packed_weights_back(always_faster):

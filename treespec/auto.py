@@ -42,55 +42,76 @@ _PROBE_LEVELS = 2
 # A draft whose root has the right child this often is taken at its word.
 _TRUSTED = 0.75
 # Rounds of a text that are to pay for the draft's taking in its prompt.
-_CATCH_UP_ROUNDS = 25
-# Rounds of plain decoding after one in which nothing paid.
+_CATCH_UP_ROUNDS = 10
+# Rounds of plain decoding after one that had no draft and brought one token.
 _REST_ROUNDS = 3
-# Share of the time lately passed that a source of drafts may lose.
-_EXPLORATION = 0.012
-# And the share that a draft may have lost and still be asked where it is expected to pay.
-_DRAFT_DEBT = 0.03
+# A text repeats itself when asking the lookups brings this many tokens: there is no rest in it.
+_REPEATS = 0.7
+# What lookups are expected to bring in sampled text, as a share of what they do in greedy text.
+_SAMPLED_REPEATS = 0.5
+# Share of the time lately passed that trials of a source of drafts may lose.
+_EXPLORATION = 0.008
+# The shares that a source may have lost lately and in one text, and still be asked where it is
+# expected to pay. What lookups of one sequence lose they make up for in the next that repeats
+# itself.
+_DEBTS = (0.01, 0.02)
+_LOOKUP_DEBTS = (math.inf, 0.02)
+# The share that gains may save up.
+_SAVINGS = 0.01
 # What a round's time and losses still count after the next one.
 _MEMORY = 0.998
-# How much longer than predicted a round of forwards yet to be recorded is taken to have been.
-_UNRECORDED = 1.5
+# The shares of one sequence.
+_ALONE = np.ones(1)
 
 
 class Purse:
     """What may be lost by a source of drafts: a small share of the time lately passed.
 
-    Gains make up for losses and are not saved up, so what a source is worth in one place cannot be
-    lost in another. A draft in debt is left alone, whatever is expected of it; so are lookups for
-    several sequences.
+    Gains make up for losses and little of them is saved up, so what a source is worth in one place
+    cannot be lost in another. A draft in debt is left alone, whatever is expected of it; of lookups
+    only the best matches are used.
     """
 
     def __init__(self) -> None:
-        self._lost = self._elapsed = 0.0
-        self._failed = False
+        self._lost = self._elapsed = self._wait = 0.0
+        self.begin()
 
     def begin(self) -> None:
-        """What has failed may not fail now."""
-        self._failed = False
+        """A new text: what has failed may not fail now."""
+        self._wait = self._lost_here = self._elapsed_here = 0.0
 
-    def pass_time(self, milliseconds: float) -> None:
-        """A round is over."""
-        self._elapsed = _MEMORY * self._elapsed + milliseconds
-        self._lost *= _MEMORY
+    def pass_time(self, milliseconds: float, rounds: int = 1) -> None:
+        """Rounds are over that took so long together."""
+        memory = _MEMORY**rounds
+        self._elapsed = memory * self._elapsed + milliseconds
+        self._lost *= memory
+        self._elapsed_here += milliseconds
+        self._wait -= milliseconds
 
-    def owes(self, share: float) -> bool:
-        """Whether more than that share of the time was lost."""
-        return self._lost > share * self._elapsed
+    def owes(self, shares: tuple[float, float], ahead_ms: float) -> bool:
+        """Whether more than these shares were lost: of the time lately passed, unless something was
+        gained in this text, or of this text's time.
+
+        Args:
+            shares: of the time lately passed and of this text's.
+            ahead_ms: what the rest of this text would take.
+        """
+        lately, here = shares
+        in_debt = self._lost > lately * self._elapsed and self._lost_here >= 0.0
+        return in_debt or self._lost_here > here * (self._elapsed_here + ahead_ms)
 
     def allows(self, milliseconds: float) -> bool:
         """Whether a trial of that cost may be made, of what is not expected to pay: while trials
-        gain they go on, and one that lost is the last for a while."""
-        affordable = self._lost + milliseconds <= _EXPLORATION * self._elapsed
-        return affordable and not self._failed
+        gain they go on, and after one that lost the next one waits until its share of the time has
+        passed."""
+        return self._wait <= 0 and self._lost + milliseconds <= _EXPLORATION * self._elapsed
 
     def pay(self, lost_ms: float, trial: bool) -> None:
         """What a round cost beyond what it brought; below 0 if it gained."""
-        self._lost = max(self._lost + lost_ms, 0.0)
+        self._lost = max(self._lost + lost_ms, -_SAVINGS * self._elapsed)
+        self._lost_here += lost_ms
         if trial:
-            self._failed = lost_ms > 0
+            self._wait = lost_ms / _EXPLORATION
 
 
 class AutoPolicy(Policy):
@@ -127,11 +148,11 @@ class AutoPolicy(Policy):
         self.lookup_first = [Belief(prior, 8.0, 0.95) for prior in LOOKUP_PRIOR]
         self.lookup_later = [Belief(max(p, LOOKUP_LATER), 8.0, 0.95) for p in LOOKUP_PRIOR]
         self.lookup_gain = Belief(0.5, 8.0, 0.98)  # tokens a lookup brings when asked
-        # the same where it matched so many tokens
-        self.match_gain = [Belief(2.0 * prior, 3.0, 0.93) for prior in LOOKUP_PRIOR]
         # the right child is among those of the root, and of a later node the draft expanded
         self.draft_first, self.draft_later = Belief(0.7), Belief(0.7, 4.0)
         self.ranks = [Belief(chance, 4.0) for chance in (0.5, 0.12, 0.05, 0.03)]
+        # the same where it matched so many tokens
+        self.match_gain = [Belief(2.0 * prior, 3.0, 0.93) for prior in LOOKUP_PRIOR]
         # by kind of text
         self._sharpness: dict[int, float] = {}
         self._lookup_purse, self._draft_purse = Purse(), Purse()
@@ -139,9 +160,17 @@ class AutoPolicy(Policy):
         self._depth, self._best_levels = 0, 2
         self._first_chance, self._kind, self._sampled = 0.0, 0, False
         self._prefill_ms = 0.0
-        self._rest = 0
+        # rounds of plain decoding still to come unasked, and those of which beliefs and purses have
+        # not heard
+        self._rest = self._unheard = 0
+        self._unheard_ms = 0.0
+        self._num_rows = 0
+        # what plain decoding of the rest of the text would take
+        self._ahead_ms = 0.0
+        # nodes that a trial verifies at least
+        self._trial_nodes = 0
         # what a token of each row of this round is worth
-        self._shares = np.ones(1)
+        self._shares = _ALONE
         self._rounds = {"plain": 0, "lookup": 0, "draft": 0}
 
     def _beliefs(self) -> list[Belief]:
@@ -169,6 +198,8 @@ class AutoPolicy(Policy):
         self._sampled, self._prefill_ms = sampled, prefill_ms
         for belief in self._beliefs():
             belief.begin(self._kind)
+        for belief in (*self.lookup_first, *self.match_gain) if sampled else ():
+            belief.expect_less(_SAMPLED_REPEATS)
         self._draft_began, self._rest = False, 0
         self._lookup_purse.begin()
         self._draft_purse.begin()
@@ -176,11 +207,28 @@ class AutoPolicy(Policy):
             costs.begin()
 
     def begin_round(self, left):
+        if self._rest > 0 and len(left) == self._num_rows:
+            return False
+        self._pass_time()
+        self._num_rows = len(left)
         self.now = self._costs_for(len(left))
-        self._shares = row_shares(left, self.now.fixed_share(self._costs_for(1)))
+        if len(left) > 1:
+            self._shares = row_shares(left, self.now.fixed_share(self._costs_for(1)))
+        else:
+            self._shares = _ALONE
         self.node_sizes = _NODE_SIZES if len(left) == 1 else _BATCH_NODE_SIZES
-        self._rest -= 1
-        return self._rest < 0 and not self.now.needs_plain
+        self._ahead_ms = max(left) * (self.now.plain_ms or 0.0)
+        self._rest = self._trial_nodes = 0
+        return not self.now.needs_plain
+
+    def _pass_time(self) -> None:
+        """Lets beliefs and purses know of the rounds since the last time."""
+        rounds, milliseconds = self._unheard, self._unheard_ms
+        self._unheard, self._unheard_ms = 0, 0.0
+        for purse in (self._lookup_purse, self._draft_purse):
+            purse.pass_time(milliseconds, rounds)
+        for belief in (self.draft_first, self.draft_later, self.lookup_gain, *self.match_gain):
+            belief.age(rounds)
 
     @property
     def rate(self) -> float | None:
@@ -189,6 +237,8 @@ class AutoPolicy(Policy):
 
     def _shared(self, of_rows: Sequence[float] | np.ndarray) -> float:
         """What something of every row is worth, as if all rows had it."""
+        if len(of_rows) == 1:
+            return float(of_rows[0])
         return float(self._shares @ np.asarray(of_rows, dtype=float))
 
     def _pays(self, tokens: float, milliseconds: float) -> bool:
@@ -209,7 +259,10 @@ class AutoPolicy(Policy):
         gain = self._shared([self.match_gain[slot].value if slot else 0.0 for slot in slots])
         cost = (self.now.lookup.value or 0.0) - (self.now.miss.value or 0.0)
         if self._pays(gain, cost):
-            return len(slots) == 1 or not self._lookup_purse.owes(_EXPLORATION)
+            alone = len(match_lengths) == 1
+            shares = _LOOKUP_DEBTS if alone else _DEBTS
+            in_debt = self._lookup_purse.owes(shares, self._ahead_ms)
+            return not in_debt or (alone and self._pays(gain, 2.0 * (cost + self._wider_ms())))
         self._lookup_exploring = True
         return self._lookup_purse.allows(cost)
 
@@ -235,12 +288,20 @@ class AutoPolicy(Policy):
         if self.now.root.value is None:
             return True  # what it costs is worth knowing; the second time tells, without the prompt
         if self.rate is None or self._draft_value(lookup_scores) > 0.0:
-            limit = _DRAFT_DEBT if len(self._shares) == 1 else _EXPLORATION
-            return not self._draft_purse.owes(limit)
-        if self.draft_first.untold:
-            self._draft_purse.begin()
-        self._exploring = self._draft_purse.allows(self._draft_ms()[0] + self._catch_up_ms())
+            return not self._draft_purse.owes(_DEBTS, self._ahead_ms)
+        self._exploring = self._draft_purse.allows(self._trial_ms())
+        if self._exploring:
+            self._trial_nodes = max(self._trial_nodes, self.node_sizes[1])
         return self._exploring
+
+    def _trial_ms(self) -> float:
+        """Of asking the draft for one level and verifying it."""
+        return self._draft_ms()[0] + self._catch_up_ms() + self._wider_ms()
+
+    def _wider_ms(self) -> float:
+        """What the narrowest verification of candidates takes beyond plain decoding's."""
+        narrow, wide = (self.now.verify.at(size) or 0.0 for size in self.node_sizes[:2])
+        return wide - narrow
 
     def _draft_value(self, lookup_scores) -> float:
         """Tokens that asking the draft is expected to bring beyond lookups, less what its time is
@@ -275,7 +336,10 @@ class AutoPolicy(Policy):
 
     def _draft_ms(self) -> tuple[float, float]:
         """Of the first level and of a further one; a guess before they are known."""
-        root = self.now.root.expected(self._draft_share * (self.now.verify.at(1) or 0.0))
+        # the tree's own growth takes about as long for a level as for what a lookup found
+        growth = self.now.lookup.value or 0.0
+        guess = self._draft_share * (self.now.verify.at(1) or 0.0) + growth
+        root = self.now.root.expected(guess)
         return root, self.now.level.expected(root)
 
     def children(self, depth):
@@ -299,7 +363,9 @@ class AutoPolicy(Policy):
         return expected > 0 and self._pays(expected, self._draft_ms()[1])
 
     def nodes_to_verify(self, scores):
-        return self._width(scores)
+        count = self._width(scores)
+        # a trial of which nothing is verified tells nothing
+        return max(count, self._trial_nodes)
 
     def _width(self, scores, with_root: bool = True) -> int:
         """How many of these nodes to verify."""
@@ -317,24 +383,25 @@ class AutoPolicy(Policy):
             value = (float(expected[count - 1]) if count else 0.0) - rate * cost
             if best_value is None or value > best_value:
                 best, best_value = count, value
-            # of several sequences wide forwards are dear: one width at a time
-            if count == total or (len(self._shares) > 1 and size > largest):
+            # what a wider forward costs is not known before it was made: one width at a time
+            if count == total or size > largest:
                 break
         return best
 
     def observe(self, outcome: Outcome) -> None:
         now = self.now
-        lost = self._observe_rate(outcome)
-        now.verify.add(outcome.num_nodes, outcome.verify_ms, outcome.settled)
-        now.overhead.add(
-            outcome.total_ms - outcome.draft_ms - outcome.verify_ms, outcome.settled
-        )
+        self._unheard += 1
+        self._unheard_ms += outcome.total_ms
+        resting = self._rest > 0
+        lost = self._observe_rest(outcome) if resting else self._observe_rate(outcome)
+        verify_ms = outcome.verify_ms - outcome.verify_extra_ms
+        now.verify.add(outcome.num_nodes, verify_ms, outcome.settled)
+        now.overhead.add(outcome.total_ms - outcome.draft_ms - outcome.verify_ms, outcome.settled)
+        if resting:
+            return
         looked = outcome.match_lengths is not None
         if looked:
             self._learn_lookup(outcome)
-        elif not outcome.draft_levels and self._rest < 0:
-            # where nothing pays, asking every round costs a share of a short one
-            self._rest = _REST_ROUNDS
         if looked and not outcome.draft_levels:
             (now.miss if outcome.tree.lookup is None else now.lookup).add(outcome.draft_ms)
         if outcome.draft_levels:
@@ -345,32 +412,44 @@ class AutoPolicy(Policy):
         elif looked:
             self._lookup_purse.pay(lost, self._lookup_exploring)
         self._lookup_exploring = False
-        for purse in (self._lookup_purse, self._draft_purse):
-            purse.pass_time(outcome.total_ms)
-        for belief in (self.draft_first, self.draft_later, self.lookup_gain, *self.match_gain):
-            belief.age()
+        if not outcome.draft_levels and outcome.new_tokens == len(outcome.paths):
+            # asking costs a share of a short round, and what did not help is not likely to do so
+            # one token later
+            self._rest = _REST_ROUNDS if self.lookup_gain.value < _REPEATS else 0
         drafted = "draft" if outcome.draft_levels else "lookup" if outcome.num_nodes > 1 else ""
         self._rounds[drafted or "plain"] += 1
+
+    def _observe_rest(self, outcome: Outcome) -> float:
+        """A round of plain decoding, which loses nothing. Its code is short because what little is
+        done between forwards finds cold caches."""
+        usual, plain_ms = outcome.total_ms - outcome.verify_extra_ms, self.now.plain_ms
+        self.now.add_rate(1.0, usual if plain_ms is None else min(usual, 2.0 * plain_ms))
+        self._rest -= 1
+        self._rounds["plain"] += 1
+        return 0.0
 
     def _observe_rate(self, outcome: Outcome) -> float:
         """Milliseconds the round took beyond those of plain decoding, less what its further tokens
         are worth."""
-        milliseconds = spent = outcome.total_ms
+        spent = outcome.total_ms
+        extra = outcome.draft_extra_ms + outcome.verify_extra_ms
+        usual = spent - extra
         predicted = self.predict_round_ms(
             outcome.num_nodes, outcome.draft_levels, outcome.match_lengths is not None
         )
         if predicted is not None:
-            # a recording must not move the yardstick, nor a busy machine much
+            # an unusual round must not move the yardstick, nor a busy machine much
             settled = outcome.settled and outcome.draft_settled
-            milliseconds = min(milliseconds, (2.0 if settled else 1.0) * predicted)
-            unsettled = 1.0 if len(outcome.paths) == 1 else _UNRECORDED
             # the prompt's share is no part of a usual round, and is spent all the same
             catch_up = self._catch_up_ms() if outcome.draft_levels else 0.0
-            spent = min(spent, (2.0 if settled else unsettled) * predicted + catch_up)
+            spent = min(usual, (2.0 if settled else 4.0) * predicted + catch_up)
             if settled:
-                self.now.error.add(abs(predicted - outcome.total_ms) / outcome.total_ms)
+                self.now.error.add(abs(predicted - usual) / usual)
+            usual = min(usual, (2.0 if settled else 1.0) * predicted)
         tokens, rate = self._shared([len(path) for path in outcome.paths]), self.rate
-        self.now.add_rate(tokens, milliseconds)
+        self.now.add_rate(tokens, usual)
+        # the shapes of one sequence are few and soon recorded, those of several are not
+        spent += extra if len(outcome.paths) > 1 else 0.0
         if rate is None or self.now.plain_ms is None:
             return 0.0
         return spent - self.now.plain_ms - (tokens - 1.0) / rate
@@ -398,7 +477,8 @@ class AutoPolicy(Policy):
                 now.catch_up.add(share, settled=False)
             return
         lookup = now.miss if outcome.tree.lookup is None else now.lookup
-        spent = outcome.draft_ms - ((lookup.value or 0.0) if looked else 0.0)
+        spent = outcome.draft_ms - outcome.draft_extra_ms
+        spent -= (lookup.value or 0.0) if looked else 0.0
         spent = max(spent, 0.1 * outcome.draft_ms)
         if levels == 1 or now.root.value is None or now.level.value is None:
             now.root.add(spent / levels, outcome.draft_settled)
@@ -422,6 +502,8 @@ class AutoPolicy(Policy):
                 if rows[row, node] < 0:
                     break
                 children = np.flatnonzero(parents[row] == node)
+                if node == 0 and len(children) == 0:
+                    break  # none was verified, which tells nothing
                 ordered = children[np.argsort(-scores[row, children], kind="stable")].tolist()
                 rank = ordered.index(following) if following is not None else -1
                 for place, belief in enumerate(self.ranks):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 # How far above its mean a share is taken to be when a text begins, in units of its variance.
 _HOPE = 0.5
+# Samples that a prior counts for.
+_PRIOR_COUNT = 3.0
 
 
 class Belief:
@@ -23,13 +25,19 @@ class Belief:
 
     def begin(self, kind: int) -> None:
         """A new text begins; texts of another kind tell nothing of it."""
-        self._long = self._kinds.setdefault(kind, [3.0 * self._prior, 3.0])
+        self._long = self._kinds.setdefault(kind, [_PRIOR_COUNT * self._prior, _PRIOR_COUNT])
         self._sum = self._count = 0.0
 
-    def age(self) -> None:
-        """A round has passed; what the text told is a little staler."""
-        self._sum *= 0.98
-        self._count *= 0.98
+    def expect_less(self, share: float) -> None:
+        """Lowers what is believed of this kind of text, if none of it was seen yet."""
+        if self._long[1] == _PRIOR_COUNT and self.untold:
+            self._long[0] = share * self._prior * _PRIOR_COUNT
+
+    def age(self, rounds: int = 1) -> None:
+        """Rounds have passed; what the text told is a little staler."""
+        memory = 0.98**rounds
+        self._sum *= memory
+        self._count *= memory
 
     def add(self, value: float) -> None:
         # the many samples of a text that suits the draft must not drown out those that do not

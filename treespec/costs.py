@@ -19,10 +19,13 @@ _PLAIN_ROUNDS = 12
 _NODE_SHARE = 0.03
 # Measurements of a size after which it tells the pace of all.
 _SURE = 10
+# What a cost that is not sure is taken for when a text begins, as a share of what it was: one
+# measured in a busy moment would never be measured again.
+_DOUBT = 0.9
 # The fixed part of a round of several sequences, before it is known.
 _FIXED_SHARE = 0.6
 # Sequences that differ by less than this share of what is left may yet change places.
-_DOUBT = 0.15
+_CLOSE = 0.15
 
 
 def row_shares(left: list[int], fixed: float) -> np.ndarray:
@@ -41,8 +44,8 @@ def row_shares(left: list[int], fixed: float) -> np.ndarray:
     tokens = np.array(left, dtype=float)
     if len(tokens) == 1:
         return np.ones(1)
-    doubt = 2.0 + _DOUBT * tokens.mean()
-    later = np.clip(0.5 + (tokens[:, None] - tokens) / (2.0 * doubt), 1e-3, 1.0)
+    close = 2.0 + _CLOSE * tokens.mean()
+    later = np.clip(0.5 + (tokens[:, None] - tokens) / (2.0 * close), 1e-3, 1.0)
     np.fill_diagonal(later, 1.0)
     last = later.prod(axis=1)
     return (1.0 - fixed) / len(tokens) + fixed * last / last.sum()
@@ -95,6 +98,13 @@ class VerifyCosts:
         # answers since the last measurement
         self._answers: dict[int, float] = {}
 
+    def begin(self) -> None:
+        """A new text begins, for which times measured once or twice are doubted."""
+        self._answers.clear()
+        for size, count in self._counts.items():
+            if size > 1 and count < _SURE:
+                self.times[size] = max(_DOUBT * self.times[size], self.times.get(1, 0.0))
+
     def add(self, num_nodes: int, milliseconds: float, settled: bool = True) -> None:
         self._answers.clear()
         if not settled:
@@ -114,6 +124,8 @@ class VerifyCosts:
 
     def at(self, num_nodes: int) -> float | None:
         """Measured, or on a line between what was measured; None before any measurement."""
+        if num_nodes == 1 and 1 in self.times:
+            return self.pace * self.times[1]
         if num_nodes not in self._answers:
             if not (self.times or self._early):
                 return None
@@ -156,6 +168,7 @@ class MeasuredCosts:
 
     def begin(self) -> None:
         """A new text, which is expected to be like the mean of the earlier ones."""
+        self.verify.begin()
         if self.milliseconds > 0 and self._rounds > 0:
             rate = self.tokens / self.milliseconds
             self._usual_rate += 0.25 * (rate - self._usual_rate) if self._usual_rate else rate

@@ -101,8 +101,9 @@ class Engine:
             while self._active:
                 with torch.inference_mode():
                     news = self._round(request)
-                stats.total_ms = 1e3 * (time.perf_counter() - started)
+                stats.total_ms += 1e3 * (time.perf_counter() - started)
                 yield news
+                started = time.perf_counter()
                 if self._request is not request:
                     raise RuntimeError(
                         "another call has taken this speculator over; close a stream before the "
@@ -115,7 +116,6 @@ class Engine:
             raise
         finally:
             if self._request is request:
-                stats.total_ms = 1e3 * (time.perf_counter() - started)
                 for source in self.sources:
                     source.end()
 
@@ -184,6 +184,9 @@ class Engine:
     def _round(self, request: Request) -> list[tuple[int, list[int]]]:
         clock = time.perf_counter()
         self.target.rounds_ahead = self._rounds_ahead()
+        self.target.start_round()
+        for source in self.drafts:
+            source.start_round()
         budgets = [request.max_new_tokens - len(row.new_tokens) for row in self._active]
         tree, match_lengths, levels = self._grow(request.picker, budgets)
         grown = time.perf_counter()
@@ -192,27 +195,32 @@ class Engine:
         verdicts = self._decide(request, tree, logits, budgets)
         news = self._commit(request, tree, verdicts)
         committed = time.perf_counter()
+        drafts_recorded = sum(source.recording_ms for source in self.drafts)
+        recorded = self.target.recording_ms
         outcome = Outcome(
             tree=tree,
             paths=[verdict.path for verdict in verdicts],
             match_lengths=match_lengths,
             draft_levels=levels if tree.draft_rows is not None else 0,
-            draft_ms=1e3 * (grown - clock),
-            verify_ms=1e3 * (verified - grown),
-            total_ms=1e3 * (committed - clock),
+            draft_ms=1e3 * (grown - clock) - drafts_recorded,
+            verify_ms=1e3 * (verified - grown) - recorded,
+            total_ms=1e3 * (committed - clock) - drafts_recorded - recorded,
             num_nodes=tree.tokens.shape[1],
             new_tokens=sum(len(tokens) for _, tokens in news),
             sampled=request.picker.do_sample,
+            draft_extra_ms=sum(source.unrecorded_ms for source in self.drafts),
+            verify_extra_ms=self.target.unrecorded_ms,
             settled=self.target.settled,
             draft_settled=all(source.settled for source in self.drafts),
         )
         self.policy.observe(outcome)
-        self._count(outcome, 1e3 * (committed - verified))
+        self._count(outcome)
+        self.stats.draft_ms += 1e3 * (grown - clock)
+        self.stats.verify_ms += 1e3 * (verified - grown)
+        self.stats.commit_ms += 1e3 * (committed - verified)
         return news
 
-    def _grow(
-        self, picker: TokenPicker, budgets: list[int]
-    ) -> tuple[Tree, list[int] | None, int]:
+    def _grow(self, picker: TokenPicker, budgets: list[int]) -> tuple[Tree, list[int] | None, int]:
         sequences = self._sequences()
         roots = sequences.roots()
         # the bonus token takes one place, so deeper nodes could never be kept
@@ -228,11 +236,7 @@ class Engine:
         if growth.count == 1:
             return root_only(roots), match_lengths, 0
         # drawn siblings are all verified: leaving some out by what they are would bias the rest
-        count = (
-            growth.count
-            if picker.rejects
-            else self.policy.nodes_to_verify(growth.all_scores())
-        )
+        count = growth.count if picker.rejects else self.policy.nodes_to_verify(growth.all_scores())
         tree = growth.select(count, depth, self.policy.node_sizes)
         return tree, match_lengths, levels
 
@@ -334,9 +338,7 @@ class Engine:
         ]
         if request.picker.in_one_op:
             return decide(logits, tree, request.picker, rows)
-        return [
-            walk(logits[row], tree, row, request.picker, text) for row, text in enumerate(rows)
-        ]
+        return [walk(logits[row], tree, row, request.picker, text) for row, text in enumerate(rows)]
 
     def _commit(
         self, request: Request, tree: Tree, verdicts: list[RowVerdict]
@@ -376,13 +378,10 @@ class Engine:
         rows = tree.draft_rows[row, path[1:]].tolist()
         return rows[: rows.index(-1)] if -1 in rows else rows
 
-    def _count(self, outcome: Outcome, commit_ms: float) -> None:
+    def _count(self, outcome: Outcome) -> None:
         stats = self.stats
         stats.rounds += 1
         stats.new_tokens += outcome.new_tokens
-        stats.draft_ms += outcome.draft_ms
-        stats.verify_ms += outcome.verify_ms
-        stats.commit_ms += commit_ms
         stats.draft_forwards += outcome.draft_levels
         stats.drafted_nodes += int(outcome.tree.num_nodes.sum()) - len(outcome.paths)
         stats.accept_lengths.update(len(path) - 1 for path in outcome.paths)

@@ -4,6 +4,7 @@ own cache."""
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable
 
 import torch
@@ -65,11 +66,16 @@ class TreeModel:
             self._recording_obstacle() if record else "turned off by capture=False"
         )
         self._recordings: dict[tuple, _Recording] = {}
-        # whether the last forward took the time that later ones of its shape will take
-        self.settled = True
         self.rounds_ahead: float | None = None
+        self.start_round()
+        # what a forward takes longer than its replay; None before any was replayed
+        self._saving_ms: float | None = None
         self._calls = 0
-        self._packed = PackedWeights(_packing_budget(model)) if packing.available() else None
+        self._packed: PackedWeights | None = None
+        self._weights = _WeightMarks()
+        if packing.available():
+            self._packed = PackedWeights.of(model, _packing_budget(model))
+            self._packed.keep_for(self._weights.of(model, sampled=self.recording_reason is None))
         self._weights_seen: tuple = ()
         self._prefix: tuple[torch.Tensor, list[torch.Tensor]] | None = None
         self._keeps_logits = hf.forward_accepts(model, "logits_to_keep")
@@ -260,20 +266,16 @@ class TreeModel:
         """Called before every generation: notices changed weights, hooks and training mode."""
         self.training_modules = [module for module in self.model.modules() if module.training]
         self.rounds_ahead = None
-        recordable = self.recording_reason is None
-        weights = tuple(
-            _weight_mark(weight, recordable)
-            for weight in (*self.model.parameters(), *self.model.buffers())
-        )
+        weights = self._weights.of(self.model, sampled=self.recording_reason is None)
         obstacle = (
             self._recording_obstacle() if self.recording_reason is None else self.recording_reason
         )
         if weights != self._weights_seen or obstacle != self.recording_reason:
             self._recordings.clear()
-            if weights != self._weights_seen:
-                self._prefix = None
-                if self._packed is not None:
-                    self._packed = PackedWeights(self._packed.max_bytes)
+        if weights != self._weights_seen:
+            self._prefix = None
+        if self._packed is not None:
+            self._packed.keep_for(weights)
         self._weights_seen, self.recording_reason = weights, obstacle
 
     def release(self) -> None:
@@ -281,7 +283,17 @@ class TreeModel:
         self.cache = self._facade = self._prefix = None
         self._recordings.clear()
         if self._packed is not None:
-            self._packed = PackedWeights(self._packed.max_bytes)
+            self._packed.forget()
+
+    def start_round(self) -> None:
+        """From here on the times of the forwards of a round are summed up.
+
+        `recording_ms` is what recording and checking took, once and for all. `unrecorded_ms` is
+        what forwards that are not recorded took longer than they will when they are. `settled` is
+        False if that is not known.
+        """
+        self.recording_ms = self.unrecorded_ms = 0.0
+        self.settled = True
 
     def drop_row(self, row: int) -> None:
         self.cache.drop_row(row)
@@ -377,7 +389,6 @@ class TreeModel:
                 f"{self.role}: {call.num_slots} rows needed, {self.cache.capacity} allocated"
             )
         with hf.forward_scope(call):
-            self.settled = True
             if self.recording_reason is not None or num_nodes > _MAX_RECORDED_NODES:
                 return self._eager(tokens, positions)
             return self._recorded_call(tokens, positions, call.sees_everything)
@@ -413,12 +424,16 @@ class TreeModel:
             recording = self._recordings[key] = _Recording()
         self._calls += 1
         recording.calls += 1
-        self.settled = recording.refused
-        if recording.replay is None and not recording.refused and not self._pays(recording):
+        if recording.refused:
+            return self._eager(tokens, positions)
+        if recording.replay is None and not self._pays(recording):
+            if self._saving_ms is None:
+                self.settled = False
+            else:
+                self.unrecorded_ms += self._saving_ms
             return self._eager(tokens, positions)
         if recording.replay is None or recording.checks_left:
             return self._record_or_check(recording, tokens, positions)
-        self.settled = True
         return recording.replay(tokens, positions)
 
     def _pays(self, recording: _Recording) -> bool:
@@ -434,10 +449,10 @@ class TreeModel:
     ) -> torch.Tensor:
         """The first calls of a shape: record it, then hold the replay against the eager forward
         before trusting it."""
-        if recording.refused:
-            return self._eager(tokens, positions)
+        started = time.perf_counter()
         try:
-            if recording.replay is None:
+            recorded = recording.replay is None
+            if recorded:
                 with Recorder() as recorder:
                     expected = self._call(tokens, positions)
                 steps = recorder.steps
@@ -446,7 +461,11 @@ class TreeModel:
                 recording.replay = compile_recording(steps, [tokens, positions], expected)
             else:
                 expected = self._eager(tokens, positions).clone()
-            error = _spread_error(recording.replay(tokens, positions), expected)
+            assert recording.replay is not None
+            eager_done = time.perf_counter()
+            replayed = recording.replay(tokens, positions)
+            replay_done = time.perf_counter()
+            error = _spread_error(replayed, expected)
             if not error <= _REPLAY_TOLERANCE.get(self.dtype, _REPLAY_TOLERANCE_16BIT):
                 raise RecordingRefused(
                     f"its replay differs from the eager forward by {error:.2g} of the logits' "
@@ -456,8 +475,17 @@ class TreeModel:
         except RecordingRefused as reason:
             recording.refused, recording.replay = True, None
             self.recording_reason = f"recording was refused: {reason}"
+            self.settled = False
             return self._call(tokens, positions)
+        replay_ms = 1e3 * (replay_done - eager_done)
+        self.recording_ms += 1e3 * (time.perf_counter() - started) - replay_ms
+        if not recorded:
+            self._note_saving(1e3 * (eager_done - started) - replay_ms)
         return expected
+
+    def _note_saving(self, milliseconds: float) -> None:
+        saving, known = max(milliseconds, 0.0), self._saving_ms
+        self._saving_ms = saving if known is None else known + 0.5 * (saving - known)
 
 
 class _Recording:
@@ -495,18 +523,41 @@ def _attention_path(device: torch.device, attention: str) -> tuple[bool, str]:
     return runs and device.type == "cuda", reason
 
 
-def _weight_mark(weight: torch.Tensor, sampled: bool) -> tuple:
-    """What changes when a weight does: identity, address, version, and the sum of a few entries.
+class _WeightMarks:
+    """What changes when a model's weights do: their identities, addresses and versions, and a few
+    entries of each.
 
-    Writes through `.data` leave the version alone, so entries spread over the weight are looked at;
-    a write that misses all of them goes unnoticed, and needs `TreeSpeculator.reset`.
+    Writes through `.data` leave the version alone, so entries spread over every weight are looked
+    at; a write that misses all of them goes unnoticed, and needs `TreeSpeculator.reset`.
     """
-    version = 0 if weight.is_inference() else weight._version
-    total = 0.0
-    if sampled and weight.numel() and weight.is_floating_point():
-        flat = weight.detach().flatten() if weight.is_contiguous() else weight.detach()[0].flatten()
-        total = float(flat[:: max(1, flat.numel() // 61)].sum(dtype=torch.float64))
-    return id(weight), weight.data_ptr(), version, total
+
+    def __init__(self) -> None:
+        self._places: tuple = ()
+        self._entries: list[torch.Tensor] = []
+
+    def of(self, model: torch.nn.Module, sampled: bool) -> tuple:
+        """The marks; equal as long as nothing has changed.
+
+        Args:
+            model: the model.
+            sampled: look at entries too.
+        """
+        weights = [*model.parameters(), *model.buffers()]
+        places = tuple((id(weight), weight.data_ptr()) for weight in weights)
+        if places != self._places:
+            self._places = places
+            self._entries = [_entries(w.detach()) for w in weights if w.device.type == "cpu"]
+        versions = tuple(0 if weight.is_inference() else weight._version for weight in weights)
+        told = b""
+        if sampled and self._entries:
+            told = torch.cat(self._entries).view(torch.uint8).numpy().tobytes()
+        return places, versions, told
+
+
+def _entries(weight: torch.Tensor) -> torch.Tensor:
+    """A view of about 61 entries of a weight, of one of its rows if it is not contiguous."""
+    row = weight.view(-1) if weight.is_contiguous() else weight[(0,) * (weight.dim() - 1)]
+    return row[:: max(1, row.numel() // 61)]
 
 
 def _position_limit(config) -> int | None:

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import time
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -193,10 +194,31 @@ class PackedWeights:
         max_bytes: most bytes the copies may take; weights beyond are left as they are.
     """
 
+    _of_models: ClassVar[weakref.WeakKeyDictionary] = weakref.WeakKeyDictionary()
+
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self._packed: dict[tuple[int, ...], tuple[torch.Tensor, tuple[torch.Tensor, ...]]] = {}
         self._faster: dict[tuple, bool] = {}
+        self._marks: tuple = ()
+
+    @classmethod
+    def of(cls, model: torch.nn.Module, max_bytes: int) -> PackedWeights:
+        """The copies of this model's weights, the same for every speculator that uses it."""
+        packed = cls._of_models.setdefault(model, cls(max_bytes))
+        packed.max_bytes = max_bytes
+        return packed
+
+    def keep_for(self, marks: tuple) -> None:
+        """Forgets copies of weights that were not marked like this."""
+        if marks != self._marks:
+            self.forget()
+            self._marks = marks
+
+    def forget(self) -> None:
+        """Recordings keep the copies they use."""
+        self._packed.clear()
+        self._faster.clear()
 
     @property
     def bytes(self) -> int:

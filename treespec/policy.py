@@ -34,10 +34,12 @@ COUPLED_SHARPNESS = 2.0
 
 @dataclass
 class Outcome:
-    """What a round did: per row the tree's path, and the milliseconds of its parts.
+    """What a round did: per row the tree's path, and the milliseconds of its parts without those
+    spent on recording forwards.
 
-    `settled` and `draft_settled` are False where a forward of the target or the draft took other
-    time than it will later: it was not recorded yet, or was being recorded or checked.
+    `draft_extra_ms` and `verify_extra_ms` are what forwards of the draft and the target took longer
+    because they are not recorded, and part of the times above. `draft_settled` and `settled` are
+    False where that is not known, and where the draft took in a prompt.
     """
 
     tree: Tree
@@ -50,6 +52,8 @@ class Outcome:
     num_nodes: int
     new_tokens: int
     sampled: bool
+    draft_extra_ms: float = 0.0
+    verify_extra_ms: float = 0.0
     settled: bool = True
     draft_settled: bool = True
 

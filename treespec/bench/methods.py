@@ -10,7 +10,7 @@ import dataclasses
 import importlib.util
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -73,6 +73,25 @@ class Continuation:
 
 
 Run = Callable[[Task], Continuation]
+
+
+@dataclass(frozen=True)
+class Stepwise:
+    """A way to continue that can be paused between rounds.
+
+    Attributes:
+        steps: yields after every round, returns the continuation.
+    """
+
+    steps: Callable[[Task], Generator[None, None, Continuation]]
+
+    def __call__(self, task: Task) -> Continuation:
+        walk = self.steps(task)
+        while True:
+            try:
+                next(walk)
+            except StopIteration as end:
+                return end.value
 
 
 @dataclass
@@ -223,9 +242,7 @@ def _flashspec(pair: Pair, temperature: float) -> Run:
     from flashspec.engine import HuggingFaceDrafter, TargetModel
 
     device, dtype = pair.target.device, pair.target.dtype
-    drafter = HuggingFaceDrafter(
-        "draft", device, dtype, temperature=temperature, model=pair.draft
-    )
+    drafter = HuggingFaceDrafter("draft", device, dtype, temperature=temperature, model=pair.draft)
     sampling = SamplingConfig(temperature=temperature, seed=1)
     engine = SpeculativeEngine(
         FlashSpecConfig(device=str(device), sampling=sampling),
@@ -305,15 +322,15 @@ def _speculator(pair: Pair, shape: Shape | str | None, sources: str | None) -> R
 
     spec = TreeSpeculator(pair.target, draft_argument(pair, sources), shape or "auto")
 
-    def run(task: Task) -> Continuation:
-        seed = {"seed": task.seed} if task.temperature > 0 else {}
-        ids = spec.generate(task.input_ids, **task.generate_options(), **seed)
+    def steps(task: Task) -> Generator[None, None, Continuation]:
+        options = task.generate_options()
+        mask, seed = options.pop("attention_mask"), task.seed if task.temperature > 0 else None
+        request = spec._prepare(task.input_ids, mask, seed, None, options)
+        ids = yield from spec._rounds(*request)
         rounds = sum(row.rounds for row in spec.stats.per_row)
-        return Continuation(
-            ids[:, task.input_ids.shape[1] :].cpu(), rounds, stats_of(spec.stats)
-        )
+        return Continuation(ids[:, task.input_ids.shape[1] :].cpu(), rounds, stats_of(spec.stats))
 
-    return run
+    return Stepwise(steps)
 
 
 def our_method(
@@ -321,9 +338,7 @@ def our_method(
 ) -> Method:
     """A row of this library."""
     full = f"treespec {name} ({sources})" if sources else f"treespec {name}"
-    return Method(
-        full, lambda: _speculator(pair, shape, sources), family, True, shape, sources
-    )
+    return Method(full, lambda: _speculator(pair, shape, sources), family, True, shape, sources)
 
 
 def dynatree(depth: int, prune_threshold: float, max_nodes: int) -> FixedTree:

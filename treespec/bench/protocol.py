@@ -1,21 +1,28 @@
-"""How a comparison is run: every method continues a prompt before any sees the next, in shuffled
-order, and each text is checked before its time is kept."""
+"""How a comparison is run: every method continues a prompt before any sees the next, and each text
+is checked before its time is kept.
+
+Methods of ours can pause after a round, so they run side by side, a slice of time each: a machine
+that is slow for a second is slow for all of them. The others run one after another.
+"""
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from treespec.bench import figures
-from treespec.bench.methods import Continuation, Method, Task
+from treespec.bench.methods import Continuation, Method, Stepwise, Task
 from treespec.bench.models import Pair
 from treespec.bench.results import RunFile
 from treespec.demo import first_difference_gap
+
+# Long enough that what the others left in the caches is soon forgotten.
+SLICE_S = 0.05
 
 
 class DifferingText(Exception):
@@ -24,6 +31,14 @@ class DifferingText(Exception):
 
 class OutOfMemory(ValueError):
     """A method did not fit the memory; the message names it."""
+
+
+class MethodFailed(Exception):
+    """A method raised `error`."""
+
+    def __init__(self, method: Method, error: Exception) -> None:
+        super().__init__(f"{method.name}: {error}")
+        self.method, self.error = method, error
 
 
 @dataclass
@@ -63,16 +78,60 @@ class Clock:
         return float("inf") if self.minutes is None else 60 * self.minutes - self.elapsed_s
 
 
-def timed(method: Method, task: Task) -> tuple[Continuation, float]:
-    """A continuation and its seconds, with the device idle before and after."""
-    device = task.input_ids.device
+def _prepare(method: Method, task: Task, oracle: torch.Tensor) -> None:
+    if method.prepare is None:
+        return
+    try:
+        method.prepare(task, oracle)
+    except Exception as error:
+        raise MethodFailed(method, error) from error
+
+
+def _walk(method: Method, task: Task) -> Generator[None, None, Continuation]:
+    """Continues, pausing wherever the method can."""
+    if isinstance(method.run, Stepwise):
+        return (yield from method.run.steps(task))
+    return method.run(task)
+
+
+def _slice(
+    walk: Generator[None, None, Continuation], device: torch.device
+) -> tuple[Continuation | None, float]:
+    """Goes on for a slice of time; what was written, if that was the end, and the seconds, with the
+    device idle before and after."""
+    found = None
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     started = time.perf_counter()
-    found = method.run(task)
+    try:
+        while time.perf_counter() - started < SLICE_S:
+            next(walk)
+    except StopIteration as end:
+        found = end.value
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return found, time.perf_counter() - started
+
+
+def timed(methods: list[Method], task: Task) -> Iterator[tuple[Method, Continuation, float]]:
+    """Lets methods continue a task side by side; yields every one with what it wrote and its own
+    seconds, the quickest first.
+
+    Raises:
+        MethodFailed: if one of them raises.
+    """
+    walks = {method.name: _walk(method, task) for method in methods}
+    seconds = dict.fromkeys(walks, 0.0)
+    while walks:
+        for method in [method for method in methods if method.name in walks]:
+            try:
+                found, spent = _slice(walks[method.name], task.input_ids.device)
+            except Exception as error:
+                raise MethodFailed(method, error) from error
+            seconds[method.name] += spent
+            if found is not None:
+                del walks[method.name]
+                yield method, found, seconds[method.name]
 
 
 def identical(found: torch.Tensor, oracle: torch.Tensor) -> bool:
@@ -175,15 +234,15 @@ class Comparison:
     def _warm_up(self, group: Group) -> None:
         for task in (group.tasks * self.warm_ups)[: self.warm_ups]:
             oracle = self._text(task)
-            for method in self._left(group):
-                self._attempt(group, method, task, oracle, keep=False)
+            for party in _parties(self._left(group)):
+                self._attempt(group, party, task, oracle, keep=False)
 
     def _turn(self, group: Group, task: Task) -> None:
         oracle = self._text(task)
         order = [method for method in self._left(group) if not self._has(method, task)]
         random.Random(task.id).shuffle(order)
-        for method in order:
-            self._attempt(group, method, task, oracle, keep=True)
+        for party in _parties(order):
+            self._attempt(group, party, task, oracle, keep=True)
 
     def _text(self, task: Task) -> torch.Tensor:
         """The oracle's text, kept in the file until the run is finished."""
@@ -193,32 +252,36 @@ class Comparison:
         return torch.tensor(kept[task.id])
 
     def _attempt(
-        self, group: Group, method: Method, task: Task, oracle: torch.Tensor, keep: bool
+        self, group: Group, party: list[Method], task: Task, oracle: torch.Tensor, keep: bool
     ) -> None:
-        """One continuation, checked; a method of others that cannot run is left out by name."""
+        """One continuation of each, checked; a method of others that cannot run is left out by
+        name."""
         try:
-            if method.prepare is not None:
-                method.prepare(task, oracle)
-            found, seconds = timed(method, task)
-        except Exception as error:
-            out_of_memory = _is_out_of_memory(error)
-            if method.ours or method.name == figures.BASE:
-                if out_of_memory:
-                    raise OutOfMemory(
-                        f"too little memory for {method.name!r} on {task.id}: what was measured "
-                        f"is in {self.run_file.path}; use fewer --rows, a smaller --batch, or "
-                        "fewer --new-tokens"
-                    ) from error
-                raise
-            reason = "too little memory" if out_of_memory else _one_line(error)
-            self.run_file.drop(method.name, {t.id for t in group.tasks}, group.label, reason)
-            self.on_step(f"{method.name}: not run: {reason}")
-            return
-        sample = self._sample(method, task, found, seconds, oracle)
-        if keep:
-            self.run_file.record["elapsed_s"] = self.clock.elapsed_s
-            self.run_file.add(sample)
-        self.on_step(f"{method.name}, {task.id}{'' if keep else ', warm-up'}")
+            for method in party:
+                _prepare(method, task, oracle)
+            for method, found, seconds in timed(party, task):
+                sample = self._sample(method, task, found, seconds, oracle)
+                if keep:
+                    self.run_file.record["elapsed_s"] = self.clock.elapsed_s
+                    self.run_file.add(sample)
+                self.on_step(f"{method.name}, {task.id}{'' if keep else ', warm-up'}")
+        except MethodFailed as failure:
+            self._leave_out(group, failure.method, task, failure.error)
+
+    def _leave_out(self, group: Group, method: Method, task: Task, error: Exception) -> None:
+        """Goes on without a method of others that failed; no run goes on without one of ours."""
+        out_of_memory = _is_out_of_memory(error)
+        if method.ours or method.name == figures.BASE:
+            if out_of_memory:
+                raise OutOfMemory(
+                    f"too little memory for {method.name!r} on {task.id}: what was measured "
+                    f"is in {self.run_file.path}; use fewer --rows, a smaller --batch, or "
+                    "fewer --new-tokens"
+                ) from error
+            raise error
+        reason = "too little memory" if out_of_memory else _one_line(error)
+        self.run_file.drop(method.name, {t.id for t in group.tasks}, group.label, reason)
+        self.on_step(f"{method.name}: not run: {reason}")
 
     def _sample(
         self, method: Method, task: Task, found: Continuation, seconds: float, oracle: torch.Tensor
@@ -243,6 +306,13 @@ class Comparison:
             "logit_gap": gap,
             "stats": found.stats,
         }
+
+
+def _parties(methods: list[Method]) -> list[list[Method]]:
+    """Ours side by side, the others by themselves, in the order of the first of each."""
+    ours = [method for method in methods if method.ours]
+    alone = [[method] for method in methods if not method.ours]
+    return sorted([*alone, *([ours] if ours else [])], key=lambda p: methods.index(p[0]))
 
 
 def _about_task(task: Task) -> dict[str, Any]:

@@ -78,7 +78,24 @@ class StepwiseSource(DraftSource):
     was asked about."""
 
     vocab_size: int
-    settled = True  # False in a round whose forwards took other time than later ones will
+
+    def start_round(self) -> None:
+        """From here on the times of a round are summed up."""
+
+    @property
+    def recording_ms(self) -> float:
+        """What recording forwards took in this round, once and for all."""
+        return 0.0
+
+    @property
+    def unrecorded_ms(self) -> float:
+        """What forwards that are not recorded took longer than they will when they are."""
+        return 0.0
+
+    @property
+    def settled(self) -> bool:
+        """Whether that is all that was unusual about the round's time."""
+        return True
 
     @abstractmethod
     def root_logits(

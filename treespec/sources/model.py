@@ -26,6 +26,7 @@ class ModelSource(StepwiseSource):
         self.model = model
         self.vocab_size = model.vocab_size
         self.max_rows = max_rows + _LONGEST_CATCH_UP
+        self._ingested = False
         self.forwards = 0
 
     def begin(self, sequences: Sequences, capacity: int) -> None:
@@ -37,13 +38,28 @@ class ModelSource(StepwiseSource):
     def drop_row(self, row: int) -> None:
         self.model.drop_row(row)
 
+    def start_round(self) -> None:
+        self.model.start_round()
+        self._ingested = False
+
+    @property
+    def recording_ms(self) -> float:
+        return self.model.recording_ms
+
+    @property
+    def unrecorded_ms(self) -> float:
+        return self.model.unrecorded_ms
+
+    @property
+    def settled(self) -> bool:
+        return self.model.settled and not self._ingested
+
     def root_logits(self, sequences: Sequences):
         prefix_lens = self.model.cache.prefix_lens
         self.model.rounds_ahead = sequences.rounds_ahead
-        self.settled = True
         behind = max(length - prefix for length, prefix in zip(sequences.lens, prefix_lens))
         if behind > _LONGEST_CATCH_UP or min(prefix_lens) == 0:
-            self.settled = False
+            self._ingested = True
             self.model.ingest(sequences.tokens, [length - 1 for length in sequences.lens])
         self._behind = [length - prefix for length, prefix in zip(sequences.lens, prefix_lens)]
         device = sequences.tokens.device
@@ -60,7 +76,7 @@ class ModelSource(StepwiseSource):
         self._prefix = prefix
         self._positions = positions
         self.forwards += 1
-        logits = self._forward(tokens, positions, chain)
+        logits = self.model.forward(tokens, positions, chain)
         root_row = torch.tensor(self._behind, device=device) - 1
         index = root_row.view(-1, 1, 1)
         root_logits = logits.gather(1, index.expand(-1, 1, logits.shape[2]))
@@ -72,12 +88,7 @@ class ModelSource(StepwiseSource):
         positions = (roots + depth).expand_as(tokens)
         self._positions = torch.cat([self._positions[:, :offset], positions], dim=1)
         self.forwards += 1
-        return self._forward(tokens, positions, visible, offset, self._positions)
-
-    def _forward(self, *call) -> torch.Tensor:
-        logits = self.model.forward(*call)
-        self.settled = self.settled and self.model.settled
-        return logits
+        return self.model.forward(tokens, positions, visible, offset, self._positions)
 
     def commit(self, paths: list[list[int]]) -> None:
         self.model.cache.commit(
