@@ -372,10 +372,10 @@ def test_trials_that_gain_go_on_and_one_that_lost_is_the_last_of_its_text():
     purse.begin()
     assert purse.allows(10.0)
     purse.pay(3.0, trial=True)
-    purse.pass_time(300.0)
+    purse.pass_time(500.0)
     assert not purse.allows(0.1)
-    purse.pass_time(100.0)
-    assert purse.allows(0.1), "3 ms are 0.8 % of 375"
+    purse.pass_time(200.0)
+    assert purse.allows(0.1), "3 ms are 0.5 % of 600"
 
 
 LATELY, HERE = (0.01, math.inf), (math.inf, 0.02)
@@ -402,9 +402,11 @@ def test_a_text_in_which_a_source_gained_is_not_charged_for_others():
     purse.pass_time(1000.0)
     purse.pay(40.0, trial=False)
     purse.begin()
-    assert purse.owes(LATELY, 0.0)
+    assert purse.owes(LATELY, 500.0)
     purse.pay(-2.0, trial=False)
-    assert not purse.owes(LATELY, 0.0)
+    assert purse.owes(LATELY, 500.0), "2 ms may be chance"
+    purse.pay(-4.0, trial=False)
+    assert not purse.owes(LATELY, 500.0)
 
 
 def test_no_more_than_a_share_of_a_text_is_lost_in_it():
@@ -418,6 +420,21 @@ def test_no_more_than_a_share_of_a_text_is_lost_in_it():
     assert not purse.owes(HERE, ahead_ms=300.0)
     purse.begin()
     assert not purse.owes(HERE, ahead_ms=300.0)
+
+
+def test_what_a_draft_gains_in_short_texts_is_not_lost_in_long_ones():
+    policy, nothing = tuned(), torch.zeros(1, 0)
+    for longest, lost in ((600, 40.0), (20, -40.0)):
+        policy.begin(longest, False)
+        policy.begin_round([50])
+        policy._draft_purse.pass_time(1000.0)
+        policy._draft_purse.pay(lost, trial=False)
+    asked = []
+    for longest in (600, 20):
+        policy.begin(longest, False)
+        policy.begin_round([50])
+        asked.append(policy.wants_draft(nothing))
+    assert asked == [False, True]
 
 
 def test_what_recording_takes_is_no_loss_and_unrecorded_forwards_of_a_batch_are():

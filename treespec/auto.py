@@ -50,11 +50,11 @@ _REPEATS = 0.7
 # What lookups are expected to bring in sampled text, as a share of what they do in greedy text.
 _SAMPLED_REPEATS = 0.5
 # Share of the time lately passed that trials of a source of drafts may lose.
-_EXPLORATION = 0.008
+_EXPLORATION = 0.005
 # The shares that a source may have lost lately and in one text, and still be asked where it is
 # expected to pay. What lookups of one sequence lose they make up for in the next that repeats
 # itself.
-_DEBTS = (0.01, 0.02)
+_DEBTS = (0.01, 0.015)
 _LOOKUP_DEBTS = (math.inf, 0.02)
 # The share that gains may save up.
 _SAVINGS = 0.01
@@ -89,7 +89,7 @@ class Purse:
         self._wait -= milliseconds
 
     def owes(self, shares: tuple[float, float], ahead_ms: float) -> bool:
-        """Whether more than these shares were lost: of the time lately passed, unless something was
+        """Whether more than these shares were lost: of the time lately passed, unless enough was
         gained in this text, or of this text's time.
 
         Args:
@@ -97,8 +97,9 @@ class Purse:
             ahead_ms: what the rest of this text would take.
         """
         lately, here = shares
-        in_debt = self._lost > lately * self._elapsed and self._lost_here >= 0.0
-        return in_debt or self._lost_here > here * (self._elapsed_here + ahead_ms)
+        text_ms = self._elapsed_here + ahead_ms
+        in_debt = self._lost > lately * self._elapsed and self._lost_here > -_SAVINGS * text_ms
+        return in_debt or self._lost_here > here * text_ms
 
     def allows(self, milliseconds: float) -> bool:
         """Whether a trial of that cost may be made, of what is not expected to pay: while trials
@@ -155,6 +156,8 @@ class AutoPolicy(Policy):
         self.match_gain = [Belief(2.0 * prior, 3.0, 0.93) for prior in LOOKUP_PRIOR]
         # by kind of text
         self._sharpness: dict[int, float] = {}
+        # by kind of text, so that what drafts gain in some is not lost in others
+        self._purses: dict[int, tuple[Purse, Purse]] = {}
         self._lookup_purse, self._draft_purse = Purse(), Purse()
         self._exploring = self._lookup_exploring = self._draft_began = False
         self._depth, self._best_levels = 0, 2
@@ -194,7 +197,10 @@ class AutoPolicy(Policy):
     def begin(self, longest, sampled, prefill_ms=0.0):
         # a draft may lose its way in long texts, where asking it also costs more to begin with; and
         # sampled text repeats itself less
+        self._pass_time()
         self._kind = 2 * max(longest.bit_length(), _SHORT_BITS) + sampled
+        purses = self._purses.setdefault(self._kind, (Purse(), Purse()))
+        self._lookup_purse, self._draft_purse = purses
         self._sampled, self._prefill_ms = sampled, prefill_ms
         for belief in self._beliefs():
             belief.begin(self._kind)
@@ -340,7 +346,7 @@ class AutoPolicy(Policy):
         growth = self.now.lookup.value or 0.0
         guess = self._draft_share * (self.now.verify.at(1) or 0.0) + growth
         root = self.now.root.expected(guess)
-        return root, self.now.level.expected(root)
+        return root, self.now.level.expected(min(root, guess))
 
     def children(self, depth):
         self._depth = depth
