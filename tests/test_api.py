@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import json
 import threading
+import time
 
 import pytest
 import torch
@@ -256,6 +257,17 @@ def test_stream_yields_the_new_tokens(spec):
     sampled = {**GREEDY, "do_sample": True, "seed": 3, "eos_token_id": [5, 6, 7]}
     parts = list(spec.stream(ids, **sampled))
     assert torch.equal(torch.cat(parts), spec.generate(ids, **sampled)[0, ids.shape[1] :])
+
+
+def test_what_is_done_between_the_rounds_of_a_stream_is_no_time_of_the_call(spec):
+    ids, _ = prompt_batch(1)
+    started, paused = time.perf_counter(), 0.0
+    for _ in spec.stream(ids, **GREEDY):
+        before = time.perf_counter()
+        time.sleep(0.02)
+        paused += time.perf_counter() - before
+    assert spec.stats.rounds > 3
+    assert 0 < spec.stats.total_ms <= 1e3 * (time.perf_counter() - started - paused)
 
 
 def test_a_stream_closed_early_is_a_valid_beginning(spec):

@@ -637,6 +637,45 @@ def test_a_draft_in_debt_is_left_alone_whatever_is_expected_of_it():
     assert policy.wants_draft(nothing)
 
 
+def test_lookups_in_debt_are_used_for_their_best_matches_only():
+    policy = tuned()
+    policy.begin_round([20])
+    assert policy.wants_matches([1]) and policy.wants_matches([8])
+    policy._lookup_purse.pay(20.0, trial=False)
+    assert not policy.wants_matches([1])
+    assert policy.wants_matches([8])
+
+
+def test_a_root_of_which_no_child_was_verified_is_no_miss():
+    policy = tuned()
+    tree = SimpleNamespace(
+        draft_rows=torch.zeros(1, 1, dtype=torch.long),
+        parents=torch.full((1, 1), -1),
+        scores=torch.zeros(1, 1),
+    )
+    outcome = SimpleNamespace(tree=tree, paths=[[0]])
+    before = policy.draft_first.value
+    policy._learn_draft(outcome)
+    assert policy.draft_first.value == before
+    verified = SimpleNamespace(
+        draft_rows=torch.tensor([[0, -1]]),
+        parents=torch.tensor([[-1, 0]]),
+        scores=torch.tensor([[0.0, -0.5]]),
+    )
+    policy._learn_draft(SimpleNamespace(tree=verified, paths=[[0]]))
+    assert policy.draft_first.value < before
+
+
+def test_a_further_level_is_guessed_by_the_drafts_size_until_it_is_known():
+    """Else a draft whose first level was dear is never asked for a second."""
+    policy = AutoPolicy(True, True, draft_share=0.2)
+    policy.now.verify.add(1, 5.0)
+    policy.now.root.add(4.0)
+    assert policy._draft_ms() == (4.0, pytest.approx(1.0))
+    policy.now.level.add(3.0)
+    assert policy._draft_ms() == (4.0, 3.0)
+
+
 def test_a_long_prompt_makes_the_first_ask_dear():
     policy, nothing = tuned(), torch.zeros(1, 0)
     policy.begin(16, False, prefill_ms=1.0)
@@ -658,6 +697,9 @@ def test_widths_of_several_sequences_are_few_and_tried_one_at_a_time():
     assert policy.nodes_to_verify(likely) == 16
     policy.begin_round([50])
     assert 4 in policy.node_sizes
+    fresh = AutoPolicy(True, True)
+    fresh.now.verify.add(1, 4.0)
+    assert fresh.nodes_to_verify(likely[:1]) == 4
 
 
 def test_wide_verifications_must_pay():

@@ -149,11 +149,11 @@ class AutoPolicy(Policy):
         self.lookup_first = [Belief(prior, 8.0, 0.95) for prior in LOOKUP_PRIOR]
         self.lookup_later = [Belief(max(p, LOOKUP_LATER), 8.0, 0.95) for p in LOOKUP_PRIOR]
         self.lookup_gain = Belief(0.5, 8.0, 0.98)  # tokens a lookup brings when asked
+        # the same where it matched so many tokens
+        self.match_gain = [Belief(2.0 * prior, 3.0, 0.93) for prior in LOOKUP_PRIOR]
         # the right child is among those of the root, and of a later node the draft expanded
         self.draft_first, self.draft_later = Belief(0.7), Belief(0.7, 4.0)
         self.ranks = [Belief(chance, 4.0) for chance in (0.5, 0.12, 0.05, 0.03)]
-        # the same where it matched so many tokens
-        self.match_gain = [Belief(2.0 * prior, 3.0, 0.93) for prior in LOOKUP_PRIOR]
         # by kind of text
         self._sharpness: dict[int, float] = {}
         # by kind of text, so that what drafts gain in some is not lost in others
@@ -297,7 +297,7 @@ class AutoPolicy(Policy):
             return not self._draft_purse.owes(_DEBTS, self._ahead_ms)
         self._exploring = self._draft_purse.allows(self._trial_ms())
         if self._exploring:
-            self._trial_nodes = max(self._trial_nodes, self.node_sizes[1])
+            self._trial_nodes = self.node_sizes[1]
         return self._exploring
 
     def _trial_ms(self) -> float:

@@ -22,8 +22,8 @@ class SpeculationStats:
 
     `rounds` counts target forwards after prefill; `drafted_nodes` counts verified nodes without
     roots, over all rows; `accept_lengths` maps an accept length (drafted tokens kept in one round
-    of one row) to how often it occurred. Times are milliseconds of wall time, the last figure being
-    the whole call.
+    of one row) to how often it occurred. Times are milliseconds of wall time; `total_ms` is
+    that of the whole call, without what the consumer of a stream does between rounds.
     """
 
     rounds: int = 0
