@@ -638,7 +638,8 @@ def test_a_draft_in_debt_is_left_alone_whatever_is_expected_of_it():
 
 
 def test_lookups_in_debt_are_used_for_their_best_matches_only():
-    policy = tuned()
+    costs = RoundCosts({1: 4.0, 24: 24.0}, 1.0, {4: 0.8}, 0.5, 0.3)
+    policy = AutoPolicy(True, True, {1: costs})
     policy.begin_round([20])
     assert policy.wants_matches([1]) and policy.wants_matches([8])
     policy._lookup_purse.pay(20.0, trial=False)
