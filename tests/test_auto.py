@@ -437,6 +437,23 @@ def test_what_a_draft_gains_in_short_texts_is_not_lost_in_long_ones():
     assert asked == [False, True]
 
 
+def a_plain_round(**others) -> Outcome:
+    """A round of one sequence that verified its root alone, but for `others`."""
+    usual = Outcome(
+        tree=SimpleNamespace(lookup=None),
+        paths=[[0]],
+        match_lengths=None,
+        draft_levels=0,
+        draft_ms=0.0,
+        verify_ms=4.0,
+        total_ms=4.3,
+        num_nodes=1,
+        new_tokens=1,
+        sampled=False,
+    )
+    return dataclasses.replace(usual, **others)
+
+
 def test_what_recording_takes_is_no_loss_and_unrecorded_forwards_of_a_batch_are():
     """One sequence has few shapes, which are soon recorded; those of several come and go."""
     lost = {}
@@ -446,17 +463,12 @@ def test_what_recording_takes_is_no_loss_and_unrecorded_forwards_of_a_batch_are(
             policy._costs_for(2).verify.add(1, 4.0)
             policy._costs_for(2).verify.add(4, 5.0)
             policy.begin_round([50] * rows)
-            outcome = Outcome(
-                tree=None,
+            outcome = a_plain_round(
                 paths=[[0]] * rows,
-                match_lengths=None,
-                draft_levels=0,
-                draft_ms=0.0,
                 verify_ms=5.0 + extra,
                 total_ms=5.3 + extra,
                 num_nodes=4,
                 new_tokens=rows,
-                sampled=False,
                 verify_extra_ms=extra,
             )
             lost[rows, extra] = policy._observe_rate(outcome)
@@ -465,27 +477,15 @@ def test_what_recording_takes_is_no_loss_and_unrecorded_forwards_of_a_batch_are(
 
 
 def test_there_is_a_rest_after_looking_in_vain_but_not_in_text_that_repeats_itself():
-    plain = Outcome(
-        tree=SimpleNamespace(lookup=None),
-        paths=[[0]],
-        match_lengths=[0],
-        draft_levels=0,
-        draft_ms=0.5,
-        verify_ms=4.0,
-        total_ms=4.8,
-        num_nodes=1,
-        new_tokens=1,
-        sampled=False,
-    )
     policy = tuned()
     rests = []
     for gain in (0.0, 4.0):
         policy.lookup_gain = Belief(gain, 1000.0)
         assert policy.begin_round([50])
-        policy.observe(plain)
+        policy.observe(a_plain_round(match_lengths=[0], draft_ms=0.5, total_ms=4.8))
         asked = 0
         while not policy.begin_round([50]):
-            policy.observe(dataclasses.replace(plain, match_lengths=None))
+            policy.observe(a_plain_round())
             asked += 1
         rests.append(asked)
     assert rests[0] > 0 and rests[1] == 0

@@ -167,7 +167,6 @@ class AutoPolicy(Policy):
         # not heard
         self._rest = self._unheard = 0
         self._unheard_ms = 0.0
-        self._num_rows = 0
         # what plain decoding of the rest of the text would take
         self._ahead_ms = 0.0
         # nodes that a trial verifies at least
@@ -213,10 +212,9 @@ class AutoPolicy(Policy):
             costs.begin()
 
     def begin_round(self, left):
-        if self._rest > 0 and len(left) == self._num_rows:
+        if self._rest > 0 and len(left) == len(self._shares):
             return False
         self._pass_time()
-        self._num_rows = len(left)
         self.now = self._costs_for(len(left))
         if len(left) > 1:
             self._shares = row_shares(left, self.now.fixed_share(self._costs_for(1)))
@@ -478,7 +476,7 @@ class AutoPolicy(Policy):
             self._draft_began = True
             usual = sum(self._draft_ms()) if now.root.value else 0.0
             if self._prefill_ms > 0:
-                # the smallest so far: the first of all take in recordings too
+                # the smallest so far: the first ones have forwards that are not recorded
                 share = max(outcome.draft_ms - usual, 0.0) / self._prefill_ms
                 now.catch_up.add(share, settled=False)
             return

@@ -99,7 +99,7 @@ class VerifyCosts:
         self._answers: dict[int, float] = {}
 
     def begin(self) -> None:
-        """A new text begins, for which times measured once or twice are doubted."""
+        """A new text begins, for which times measured a few times only are doubted."""
         self._answers.clear()
         for size, count in self._counts.items():
             if size > 1 and count < _SURE:

@@ -3,7 +3,7 @@ one forward."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -336,16 +336,6 @@ class TreeSpeculator:
         )
 
     def _run(self, request: Request, config, streamer):
-        """What `_rounds` returns, at once."""
-        rounds = self._rounds(request, config, streamer)
-        while True:
-            try:
-                next(rounds)
-            except StopIteration as end:
-                return end.value
-
-    def _rounds(self, request: Request, config, streamer=None) -> Generator[None, None, Any]:
-        """Runs a request, pausing after every round; returns what `generate` does."""
         if streamer is not None:
             if len(request.prompts) > 1:
                 raise ValueError(f"streamer works with one sequence; got {len(request.prompts)}")
@@ -354,7 +344,6 @@ class TreeSpeculator:
             if streamer is not None:
                 for _, tokens in news:
                     streamer.put(torch.tensor(tokens))
-            yield
         if streamer is not None:
             streamer.end()
         return self._output(request, config)

@@ -83,7 +83,7 @@ class Stepwise:
         steps: yields after every round, returns the continuation.
     """
 
-    steps: Callable[[Task], Generator[None, None, Continuation]]
+    steps: Callable[[Task], Generator[Any, None, Continuation]]
 
     def __call__(self, task: Task) -> Continuation:
         walk = self.steps(task)
@@ -322,11 +322,12 @@ def _speculator(pair: Pair, shape: Shape | str | None, sources: str | None) -> R
 
     spec = TreeSpeculator(pair.target, draft_argument(pair, sources), shape or "auto")
 
-    def steps(task: Task) -> Generator[None, None, Continuation]:
+    def steps(task: Task) -> Generator[Any, None, Continuation]:
         options = task.generate_options()
         mask, seed = options.pop("attention_mask"), task.seed if task.temperature > 0 else None
-        request = spec._prepare(task.input_ids, mask, seed, None, options)
-        ids = yield from spec._rounds(*request)
+        request, config = spec._prepare(task.input_ids, mask, seed, None, options)
+        yield from spec._engine.run(request)
+        ids = spec._output(request, config)
         rounds = sum(row.rounds for row in spec.stats.per_row)
         return Continuation(ids[:, task.input_ids.shape[1] :].cpu(), rounds, stats_of(spec.stats))
 

@@ -87,7 +87,7 @@ def _prepare(method: Method, task: Task, oracle: torch.Tensor) -> None:
         raise MethodFailed(method, error) from error
 
 
-def _walk(method: Method, task: Task) -> Generator[None, None, Continuation]:
+def _walk(method: Method, task: Task) -> Generator[Any, None, Continuation]:
     """Continues, pausing wherever the method can."""
     if isinstance(method.run, Stepwise):
         return (yield from method.run.steps(task))
@@ -95,7 +95,7 @@ def _walk(method: Method, task: Task) -> Generator[None, None, Continuation]:
 
 
 def _slice(
-    walk: Generator[None, None, Continuation], device: torch.device
+    walk: Generator[Any, None, Continuation], device: torch.device
 ) -> tuple[Continuation | None, float]:
     """Goes on for a slice of time; what was written, if that was the end, and the seconds, with the
     device idle before and after."""
