@@ -119,6 +119,8 @@ def check_tree(
     if counts and not 0 <= min(counts) <= max(counts) <= capacity:
         bad = next(count for count in counts if not 0 <= count <= capacity)
         raise ValueError(f"num_nodes must lie in 0..{capacity}, the capacity N; got {bad}")
+    if capacity == 1:
+        return
     inner = parents.numpy()[:, 1:]
     wrong = _present(counts, capacity) & ((inner < 0) | (inner > np.arange(capacity - 1)))
     if wrong.any():
@@ -132,7 +134,7 @@ def check_tree(
 
 def check_tokens(tokens: torch.Tensor, num_nodes: torch.Tensor, vocab_size: int) -> None:
     """Tokens of the drafted nodes lie inside the vocabulary; read on a CPU only."""
-    if tokens.device.type != "cpu":
+    if tokens.device.type != "cpu" or tokens.shape[1] == 1:
         return
     drafted = tokens.numpy()[:, 1:]
     wrong = _present(num_nodes.tolist(), tokens.shape[1]) & (

@@ -11,6 +11,8 @@ from .torch_acceptance import gumbel_noise
 from .warpers import Warpers, warped_scores
 
 _LEAST_FLOAT = torch.finfo(torch.float32).min
+# Top-k that leaves less than this part of the vocabulary is worth a selection of its own.
+_FEW = 8
 
 
 def draft_children(
@@ -36,40 +38,67 @@ def draft_children(
         if drafting == "sampled":
             stream = 4 * root_positions.long() + DRAFT_STREAM
         noise = gumbel_noise(seed, rows, places, vocab_size, stream)
-    scores = _warped(logits.detach().float(), warpers)
+    scores, tokens = _warped(logits.detach().float(), warpers)
+    if tokens is not None and noise is not None:
+        noise = noise.expand(batch, frontier, -1).gather(2, tokens)
     if drafting == "coupled":
         scores = scores + noise
     if sharpness != 1.0:
         scores = scores * sharpness
     logprobs = torch.log_softmax(scores, -1)
     ranks = scores + noise if drafting == "sampled" else scores
-    count = min(num_children, vocab_size)
-    best = best_tokens(ranks.reshape(-1, vocab_size), count)
-    best_logprobs = logprobs.view(-1, vocab_size).gather(1, torch.from_numpy(best).to(device))
-    values = best_logprobs.cpu().numpy()
+    width = scores.shape[2]
+    count = min(num_children, width)
+    best = best_tokens(ranks.reshape(-1, width), count)
+    chosen = torch.from_numpy(best).to(device)
+    values = logprobs.view(-1, width).gather(1, chosen).cpu().numpy()
+    if tokens is not None:
+        best = tokens.view(-1, width).gather(1, chosen).cpu().numpy()
     above = cum_logprobs.detach().float().reshape(-1, 1).cpu().numpy()
     # NaN, of a draft or of a place without a node, compares as false.
     alive = (values >= LEAST_LOGPROB) & (above >= max(min_logprob, _LEAST_FLOAT))
     if breadth is not None:
         alive &= np.arange(count) < breadth.reshape(-1, 1).cpu().numpy()
-    tokens = np.full((batch * frontier, num_children), -1)
+    children = np.full((batch * frontier, num_children), -1)
     totals = np.full((batch * frontier, num_children), -np.inf, np.float32)
-    np.copyto(tokens[:, :count], best, where=alive)
+    np.copyto(children[:, :count], best, where=alive)
     np.add(values, above, out=totals[:, :count], where=alive)
     shape = (batch, frontier, num_children)
-    return tuple(torch.from_numpy(x).view(shape).to(device) for x in (tokens, totals))
+    return tuple(torch.from_numpy(x).view(shape).to(device) for x in (children, totals))
 
 
-def _warped(scores: torch.Tensor, warpers: Warpers) -> torch.Tensor:
-    """The scores [B, F, V] after temperature and filters."""
+def _warped(
+    scores: torch.Tensor, warpers: Warpers
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The scores [B, F, K] after temperature and filters, and their tokens where only some of the
+    vocabulary is left to look at, ascending; None for all of it.
+    """
     if not any(warpers.active(name) for name in Warpers._fields):
-        return scores
-    batch, frontier, vocab_size = scores.shape
-    parents = np.repeat(np.arange(batch), frontier)
+        return scores, None
+    shape = scores.shape[:2]
+    parents = np.repeat(np.arange(shape[0]), shape[1])
     warpers = Warpers(
         *(x.to(scores.device) if isinstance(x, torch.Tensor) else x for x in warpers)
-    )
-    return warped_scores(scores.reshape(-1, vocab_size), warpers.rows(parents)).view(scores.shape)
+    ).rows(parents)
+    scores = scores.flatten(0, 1) / warpers.temperature
+    tokens = _within_top_k(scores, warpers.top_k)
+    left = warpers._replace(temperature=1.0)
+    if tokens is not None:
+        scores, left = scores.gather(1, tokens), left._replace(top_k=0)
+        tokens = tokens.unflatten(0, shape)
+    return warped_scores(scores, left).unflatten(0, shape), tokens
+
+
+def _within_top_k(scores: torch.Tensor, top_k: int | torch.Tensor) -> torch.Tensor | None:
+    """The tokens [R, top_k] that top-k leaves, ascending; None where looking at all of them is as
+    quick, or equal scores pass together.
+    """
+    if isinstance(top_k, torch.Tensor) or not 0 < top_k < scores.shape[1] // _FEW:
+        return None
+    values, tokens = scores.topk(int(top_k) + 1)
+    if bool((values[:, -1] == values[:, -2]).any()):
+        return None
+    return tokens[:, :-1].sort(1).values
 
 
 def best_tokens(scores: torch.Tensor, count: int) -> np.ndarray:

@@ -53,14 +53,10 @@ def warped_scores(logits: torch.Tensor, warpers: Warpers) -> torch.Tensor:
 
 def cut(scores: torch.Tensor, warpers: Warpers) -> torch.Tensor:
     """The least scaled logit that stays, [K, 1]."""
-    count = scores.shape[1]
-    greatest = scores.amax(1, keepdim=True)
-    threshold = torch.full_like(greatest, -float("inf"))
     if warpers.active("top_k") or warpers.active("top_p"):
-        top_k = torch.as_tensor(warpers.top_k).expand_as(threshold)
-        top_k = torch.where(top_k > 0, top_k, count).clamp(max=count).long()
-        descending = scores.topk(int(top_k.max()) if len(top_k) else 1).values
-        threshold = descending.gather(1, top_k - 1)
+        descending, threshold = _top(scores, warpers.top_k)
+    else:
+        threshold = scores.new_full((len(scores), 1), -float("inf"))
     if warpers.active("top_p"):
         # A token stays while less than top_p lies strictly before it; the first always does.
         kept = scores.masked_fill(scores < threshold, -float("inf"))
@@ -70,5 +66,16 @@ def cut(scores: torch.Tensor, warpers: Warpers) -> torch.Tensor:
         threshold = torch.maximum(threshold, descending.gather(1, places - 1))
     if warpers.active("min_p"):
         log_min_p = torch.as_tensor(warpers.min_p).to(scores).log()
-        threshold = torch.maximum(threshold, greatest + log_min_p)
+        threshold = torch.maximum(threshold, scores.amax(1, keepdim=True) + log_min_p)
     return threshold
+
+
+def _top(scores: torch.Tensor, top_k: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The greatest scores of every row, descending, and the one that top-k keeps last, [K, 1]."""
+    count = scores.shape[1]
+    if not isinstance(top_k, torch.Tensor):
+        descending = scores.topk(min(int(top_k) or count, count)).values
+        return descending, descending[:, -1:]
+    top_k = torch.where(top_k > 0, top_k, count).clamp(max=count).long()
+    descending = scores.topk(int(top_k.max()) if len(top_k) else 1).values
+    return descending, descending.gather(1, top_k - 1)

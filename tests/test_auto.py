@@ -12,6 +12,7 @@ import functools
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import VOCAB, tiny_config, tiny_pair
@@ -647,6 +648,56 @@ def test_lookups_in_debt_are_used_for_their_best_matches_only():
     assert policy.wants_matches([8])
 
 
+def a_looked_up_chain(length: int, right: int, match_length: int) -> Outcome:
+    """A continuation of that many tokens, of which so many were right."""
+    tree = SimpleNamespace(
+        lookup=torch.tensor([[False, *[True] * length]]),
+        parents=torch.arange(-1, length).view(1, -1),
+    )
+    return a_plain_round(
+        tree=tree, paths=[list(range(right + 1))], match_lengths=[match_length], num_nodes=length
+    )
+
+
+def test_every_right_token_makes_a_longer_match():
+    policy = tuned()
+    before = [belief.value for belief in policy.lookup_first]
+    policy._learn_lookup(a_looked_up_chain(4, right=2, match_length=1))
+    after = [belief.value for belief in policy.lookup_first]
+    assert after[1] > before[1] and after[2] > before[2], "both were right"
+    assert after[3] < before[3], "the third was not"
+    assert after[4:] == before[4:], "nothing is known of the fourth"
+    chances = policy.lookup_chances([3], 8)[0]
+    assert chances == pytest.approx(np.cumprod([*after[3:], after[8], after[8]]))
+
+
+def test_a_continuation_that_proved_right_to_its_end_is_followed_by_a_longer_one():
+    policy = tuned()
+    usual, lengths = policy.lookup_length, []
+    for right in (usual, 2 * usual, 1000, 3, 0):
+        right = min(right, policy.lookup_length)
+        policy._learn_lookup(a_looked_up_chain(policy.lookup_length, right, match_length=8))
+        lengths.append(policy.lookup_length)
+    assert lengths == [2 * usual, 63, 63, usual, usual]
+    policy._learn_lookup(a_looked_up_chain(usual, usual, match_length=8))
+    policy.begin(20, False)
+    assert policy.lookup_length == usual, "another text"
+    assert AutoPolicy(True, False).lookup_length == 0
+
+
+def test_text_that_repeats_itself_is_taken_in_long_strides(timed):
+    """Tokens that are all the same: every lookup is right."""
+    forever = copy.deepcopy(tiny_pair("llama")[0])
+    with torch.no_grad():
+        forever.lm_head.weight.zero_()
+    spec = timed(forever, "ngram")
+    ids = torch.ones(1, 20, dtype=torch.long)
+    for _ in range(2):
+        milliseconds(timed, spec, ids, 200)
+    assert max(spec.stats.accept_lengths) > 40
+    assert spec.stats.rounds < 200 / 11
+
+
 def test_a_root_of_which_no_child_was_verified_is_no_miss():
     policy = tuned()
     tree = SimpleNamespace(
@@ -675,6 +726,29 @@ def test_a_further_level_is_guessed_by_the_drafts_size_until_it_is_known():
     assert policy._draft_ms() == (4.0, pytest.approx(1.0))
     policy.now.level.add(3.0)
     assert policy._draft_ms() == (4.0, 3.0)
+
+
+def test_what_asking_led_to_in_earlier_texts_says_what_a_prompt_may_cost():
+    policy, nothing = tuned(), torch.zeros(1, 0)
+
+    def asks(longest: int) -> bool:
+        policy.begin(longest, False, prefill_ms=150.0)
+        policy.begin_round([50])
+        return policy.wants_draft(nothing)
+
+    assert asks(600)
+    for _ in range(3):
+        # the draft was asked once, and not again
+        policy._draft_rounds = 1
+        policy.begin(600, False)
+    assert not asks(600) and asks(20)
+    for _ in range(3):
+        policy._draft_rounds = 40
+        policy.begin(600, False)
+    assert asks(600)
+    policy.begin(600, False, prefill_ms=150.0)
+    policy.begin_round([2])
+    assert not policy.wants_draft(nothing), "there is no time for it to pay"
 
 
 def test_a_long_prompt_makes_the_first_ask_dear():

@@ -18,7 +18,7 @@ from treespec.kernels import ops
 
 from treespec import AdaptiveTree, BestFirstTree, Chain, FixedTree
 from treespec.engine import Engine
-from treespec.policy import AdaptivePolicy, Outcome, make_policy
+from treespec.policy import AdaptivePolicy, Outcome, make_policy, running_chances
 from treespec.sampling import TokenPicker
 from treespec.sources import OneShotSource, Proposal, StepwiseSource
 from treespec.tree import (
@@ -45,7 +45,7 @@ def logprobs_after(path, seed, spread) -> np.ndarray:
     return logits - np.log(np.exp(logits).sum())
 
 
-def slow_trie(continuations: list[list[int]], first: float, later: float) -> dict[tuple, float]:
+def slow_trie(continuations: list[list[int]], chances: list[float]) -> dict[tuple, float]:
     """Scores of all beginnings of continuations: their weighted share, times the chances of being
     right.
     """
@@ -56,10 +56,7 @@ def slow_trie(continuations: list[list[int]], first: float, later: float) -> dic
         for length in range(1, len(tokens) + 1):
             path = tuple(tokens[:length])
             scores[path] = scores.get(path, 0.0) + vote / total
-    return {
-        path: math.log(s) + math.log(first) + (len(path) - 1) * math.log(later)
-        for path, s in scores.items()
-    }
+    return {path: math.log(s) + math.log(chances[len(path) - 1]) for path, s in scores.items()}
 
 
 @dataclass
@@ -281,12 +278,12 @@ def check_against_slow(shape, roots, seed, spread, behind, continuations, with_m
         with_model=with_model,
     )
     check_tree(tree)
-    chances = make_policy(shape, with_model, True).lookup_chances([8])
+    chances = make_policy(shape, with_model, True).lookup_chances([8], shape.depth)
     for row, root in enumerate(roots):
         lookups = {}
         if continuations is not None and any(continuations[row]):
             cut = [tokens[: shape.depth] for tokens in continuations[row]]
-            lookups = slow_trie(cut, chances[0][0], chances[1][0])
+            lookups = slow_trie(cut, chances[0].tolist())
         everything = slow_grow(
             shape, root, seed, sharpened(shape, spread), shape.depth, lookups, with_model
         )
@@ -463,13 +460,22 @@ def test_merged_continuations_are_the_slow_trie(rows):
         for k, tokens in enumerate(listed):
             padded[row, k, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
     growth = Growth(torch.zeros(len(rows), dtype=torch.long))
-    growth.add_lookups(padded, [0.5] * len(rows), [0.8] * len(rows))
+    chances = 0.5 * 0.8 ** np.arange(length)
+    growth.add_lookups(padded, np.tile(chances, (len(rows), 1)))
     tree = growth.select(64, length)
     check_tree(tree)
     for row, listed in enumerate(rows):
-        expected = {(): 0.0, **(slow_trie(listed, 0.5, 0.8) if any(listed) else {})}
+        expected = {(): 0.0, **(slow_trie(listed, chances.tolist()) if any(listed) else {})}
         found = dict(zip(paths_of(tree, row), tree.scores[row].tolist()))
         assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_continuation_that_proved_right_so_far_is_a_longer_match():
+    chances = running_chances([0.0, 0.5, 0.8, 0.9], [0, 1, 2, 7], 4)
+    assert chances[0].tolist() == [0.0] * 4, "nothing was found"
+    assert chances[1].tolist() == pytest.approx([0.5, 0.4, 0.36, 0.324])
+    assert chances[2].tolist() == pytest.approx([0.8, 0.72, 0.648, 0.5832])
+    assert chances[3].tolist() == pytest.approx([0.9**k for k in range(1, 5)])
 
 
 def test_a_node_that_both_sources_propose_appears_once_with_the_better_score():
@@ -479,7 +485,7 @@ def test_a_node_that_both_sources_propose_appears_once_with_the_better_score():
     paths = paths_of(tree, 0)
     node = paths.index((best[1],))
     assert paths.count((best[1],)) == 1 and bool(tree.lookup[0, node])
-    chance = make_policy(shape, True, True).lookup_chances([8])[0][0]
+    chance = make_policy(shape, True, True).lookup_chances([8], 2)[0, 0]
     assert tree.scores[0, node].item() == pytest.approx(math.log(chance), abs=1e-5)
     assert chance > math.exp(logprobs_after((4,), 3, 2.0)[best[1]])
     # and the draft went on below it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 
@@ -183,32 +184,53 @@ def test_the_cache_directory(monkeypatch, tmp_path):
 
 def test_measuring_the_shapes_asked_for(monkeypatch):
     """The engine really draws each shape: as many nodes and levels as it says."""
-    spec = make_spec()
-    bench = tuner.Bench(spec, 2)
-    for shape in [tuner.Shape(1), tuner.Shape(32), tuner.Shape(64), tuner.Shape(8, 3, 4)]:
-        outcomes = bench._run(shape, 3)
-        assert len(outcomes) == 3
+    bench = tuner.Bench(make_spec(), 2)
+    rounds = bench._rounds()
+    for shape in [tuner.Shape(1), tuner.Shape(32), tuner.Shape(64), tuner.Shape(8, 3, 4)] * 2:
+        bench._draw(shape)
+        outcomes = list(itertools.islice(rounds, 3))
         assert {o.num_nodes for o in outcomes} == {shape.num_nodes}
         assert {o.draft_levels for o in outcomes} == {shape.levels}
         assert {len(o.paths) for o in outcomes} == {2}
+        assert {o.match_lengths is None for o in outcomes} == {shape.continuation == 0}
+    bench._draw(tuner.Shape(8, 3, 4))
+    # more rounds than a text has
+    assert {o.draft_levels for o in itertools.islice(rounds, 300)} == {3}
+    rounds.close()
+
+
+def test_rounds_of_a_shape_are_its_own(monkeypatch):
+    """What is kept of a shape was drawn for it, after a few rounds that are not."""
+    bench, kept = tuner.Bench(make_spec(), 1), []
+    monkeypatch.setattr(tuner.Timing, "of", kept.append)
+    shapes = [tuner.Shape(1), tuner.Shape(4, 2), tuner.Shape(16), tuner.Shape(8, lookup=True)]
+    bench.time_all(shapes, turns=3)
+    for shape, outcomes in zip(shapes, kept):
+        assert len(outcomes) == 3 * tuner._ROUNDS
+        assert {o.draft_levels for o in outcomes} == {shape.levels}
+    assert {o.num_nodes for o in kept[0]} == {1} and {o.num_nodes for o in kept[2]} == {16}
 
 
 def test_measured_costs_are_those_of_the_rounds(monkeypatch):
-    times = {"draft": 0.5, "rest": 0.25}
-
-    def time(self, shape, rounds=9):
-        draft = times["draft"] + shape.levels * (1.0 + 0.1 * shape.width) + 0.3 * shape.lookup
+    def time(shape):
+        draft = 0.5 + shape.levels * (1.0 + 0.1 * shape.width) + 0.3 * shape.lookup
         verify = 4.0 + 0.1 * shape.num_nodes
-        total = draft + verify + times["rest"]
-        return tuner.Timing(draft, verify, times["rest"], total, shape.num_nodes)
+        # what a tree takes to be committed beyond a plain round
+        rest = 0.25 + 0.2 * (shape.num_nodes > 1)
+        return tuner.Timing(draft, verify, rest, draft + verify + rest, shape.num_nodes)
 
-    monkeypatch.setattr(tuner.Bench, "time", time)
+    def time_all(self, listed, advance=None, turns=None):
+        for shape in listed:
+            advance(str(shape))
+        return {shape: time(shape) for shape in listed}
+
+    monkeypatch.setattr(tuner.Bench, "time_all", time_all)
     spec, seen = make_spec(), []
     costs = tuner.measure(spec, 1, seen.append)
     assert len(seen) == len(tuner.shapes(spec))
-    assert costs.verify_ms[32] == pytest.approx(7.2) and costs.root_ms == pytest.approx(1.1)
+    assert costs.verify_ms[32] == pytest.approx(7.2) and costs.root_ms == pytest.approx(1.3)
     assert costs.level_ms[1] == pytest.approx(1.1)
-    assert costs.lookup_ms == pytest.approx(0.3)
+    assert costs.lookup_ms == pytest.approx(0.5)
     assert costs.overhead_ms == pytest.approx(0.75), "what a plain round spends on growing is in it"
     again, found = tuner.measure_and_check(spec, 1, seen.append)
     assert again == costs and [shape for shape, *_ in found] == tuner.check_shapes(spec)
@@ -222,7 +244,7 @@ def test_tuning_leaves_the_speculator_as_it_was():
     spec = make_spec()
     ids = torch.tensor([[5, 6, 7, 8]])
     before = spec.generate(ids, max_new_tokens=12, do_sample=False)
-    tuner.Bench(spec, 1).time(tuner.Shape(8, 2, 4), 2)
+    tuner.Bench(spec, 1).time_all([tuner.Shape(8, 2, 4)], turns=1)
     assert torch.equal(spec.generate(ids, max_new_tokens=12, do_sample=False), before)
 
 
@@ -233,8 +255,7 @@ def test_tuning_leaves_the_speculator_as_it_was():
 def tiny_command(monkeypatch):
     """`treespec tune` on a tiny pair, in a few rounds."""
     monkeypatch.setattr(cli, "_load_pair", lambda arguments, device: (*tiny_pair("llama"), None))
-    monkeypatch.setattr(tuner.Bench.time, "__defaults__", (1,))
-    monkeypatch.setattr(tuner, "_WARM_ROUNDS", 1)
+    monkeypatch.setattr(tuner, "_TURNS", 1)
 
 
 def test_tune_measures_and_keeps(cache, tiny_command, capsys):

@@ -22,10 +22,10 @@ from treespec.costs import FRONTIER_WIDTH, MeasuredCosts, row_shares
 from treespec.policy import (
     COUPLED_SHARPNESS,
     GREEDY_SHARPNESS,
-    LOOKUP_LATER,
     LOOKUP_PRIOR,
     Outcome,
     Policy,
+    running_chances,
 )
 from treespec.whatif import RoundCosts
 
@@ -41,12 +41,17 @@ _SHORT_BITS = 8
 _PROBE_LEVELS = 2
 # A draft whose root has the right child this often is taken at its word.
 _TRUSTED = 0.75
-# Rounds of a text that are to pay for the draft's taking in its prompt.
+# Rounds of a text that are to pay for the draft's taking in its prompt, before it is known how many
+# ask the draft; and what the last text that asked it counts against those before.
 _CATCH_UP_ROUNDS = 10
+_LATEST = 0.5
 # Rounds of plain decoding after one that had no draft and brought one token.
 _REST_ROUNDS = 3
 # A text repeats itself when asking the lookups brings this many tokens: there is no rest in it.
 _REPEATS = 0.7
+# Tokens of a continuation to begin with and at most: one that proved right to its end is followed
+# by one twice as long.
+_LOOKUP_LENGTHS = (20, 63)
 # What lookups are expected to bring in sampled text, as a share of what they do in greedy text.
 _SAMPLED_REPEATS = 0.5
 # Share of the time lately passed that trials of a source of drafts may lose.
@@ -140,14 +145,14 @@ class AutoPolicy(Policy):
     ) -> None:
         self.with_model = with_model
         self.max_depth = 10
-        self.lookup_length = 10 if with_lookup else 0
+        self._with_lookup = with_lookup
+        self.lookup_length = _LOOKUP_LENGTHS[0] if with_lookup else 0
         self.max_rows = FRONTIER_WIDTH * self.max_depth + 1
         self.origin = origin
         self._draft_share = draft_share
         self._costs = {rows: MeasuredCosts(rows, known) for rows, known in (costs or {}).items()}
         self.now = self._costs_for(1)
         self.lookup_first = [Belief(prior, 8.0, 0.95) for prior in LOOKUP_PRIOR]
-        self.lookup_later = [Belief(max(p, LOOKUP_LATER), 8.0, 0.95) for p in LOOKUP_PRIOR]
         self.lookup_gain = Belief(0.5, 8.0, 0.98)  # tokens a lookup brings when asked
         # the same where it matched so many tokens
         self.match_gain = [Belief(2.0 * prior, 3.0, 0.93) for prior in LOOKUP_PRIOR]
@@ -159,13 +164,18 @@ class AutoPolicy(Policy):
         # by kind of text, so that what drafts gain in some is not lost in others
         self._purses: dict[int, tuple[Purse, Purse]] = {}
         self._lookup_purse, self._draft_purse = Purse(), Purse()
-        self._exploring = self._lookup_exploring = self._draft_began = False
+        # rounds that ask the draft, of texts that ask it at all; by kind of text
+        self._lasting: dict[int, float] = {}
+        self._exploring = self._lookup_exploring = False
+        self._draft_rounds = 0
         self._depth, self._best_levels = 0, 2
         self._first_chance, self._kind, self._sampled = 0.0, 0, False
         self._prefill_ms = 0.0
-        # rounds of plain decoding still to come unasked, and those of which beliefs and purses have
-        # not heard
-        self._rest = self._unheard = 0
+        # rounds of plain decoding still to come unasked, and those that were
+        self._rest = 0
+        self._rested: list[Outcome] = []
+        # rounds of which beliefs and purses have not heard
+        self._unheard = 0
         self._unheard_ms = 0.0
         # what plain decoding of the rest of the text would take
         self._ahead_ms = 0.0
@@ -178,7 +188,6 @@ class AutoPolicy(Policy):
     def _beliefs(self) -> list[Belief]:
         return [
             *self.lookup_first,
-            *self.lookup_later,
             *self.match_gain,
             *self.ranks,
             self.lookup_gain,
@@ -197,6 +206,9 @@ class AutoPolicy(Policy):
         # a draft may lose its way in long texts, where asking it also costs more to begin with; and
         # sampled text repeats itself less
         self._pass_time()
+        if self._draft_rounds:
+            usual = self._lasting.get(self._kind, _CATCH_UP_ROUNDS)
+            self._lasting[self._kind] = usual + _LATEST * (self._draft_rounds - usual)
         self._kind = 2 * max(longest.bit_length(), _SHORT_BITS) + sampled
         purses = self._purses.setdefault(self._kind, (Purse(), Purse()))
         self._lookup_purse, self._draft_purse = purses
@@ -205,7 +217,8 @@ class AutoPolicy(Policy):
             belief.begin(self._kind)
         for belief in (*self.lookup_first, *self.match_gain) if sampled else ():
             belief.expect_less(_SAMPLED_REPEATS)
-        self._draft_began, self._rest = False, 0
+        self._draft_rounds = self._rest = 0
+        self._look_ahead(0)
         self._lookup_purse.begin()
         self._draft_purse.begin()
         for costs in self._costs.values():
@@ -227,6 +240,9 @@ class AutoPolicy(Policy):
 
     def _pass_time(self) -> None:
         """Lets beliefs and purses know of the rounds since the last time."""
+        for outcome in self._rested:
+            self._observe_plain(outcome)
+        self._rested.clear()
         rounds, milliseconds = self._unheard, self._unheard_ms
         self._unheard, self._unheard_ms = 0, 0.0
         for purse in (self._lookup_purse, self._draft_purse):
@@ -270,11 +286,11 @@ class AutoPolicy(Policy):
         self._lookup_exploring = True
         return self._lookup_purse.allows(cost)
 
-    def lookup_chances(self, match_lengths):
-        slots = [min(length, len(LOOKUP_PRIOR) - 1) for length in match_lengths]
-        first = [self.lookup_first[slot].value if slot else 0.0 for slot in slots]
-        self._first_chance = min(1.0, self._shared(first))
-        return first, [self.lookup_later[slot].value for slot in slots]
+    def lookup_chances(self, match_lengths, length):
+        next_right = [0.0, *(belief.value for belief in self.lookup_first[1:])]
+        chances = running_chances(next_right, match_lengths, length)
+        self._first_chance = min(1.0, self._shared(chances[:, 0]))
+        return chances
 
     def sharpness(self, picker):
         if picker.knows_pick or not picker.do_sample:
@@ -318,7 +334,7 @@ class AutoPolicy(Policy):
         if lookup_scores.shape[1]:
             alone += self._width(lookup_scores, with_root=False)
         root, level = self._draft_ms()
-        root += self._catch_up_ms() / _CATCH_UP_ROUNDS
+        root += self._catch_up_ms() / self._lasting_rounds()
         missed = 1.0 - self._first_chance
         chance, later = self.draft_first.hopeful, self.draft_later.hopeful
         best, tokens, narrow = -math.inf, 0.0, verify(alone)
@@ -334,9 +350,14 @@ class AutoPolicy(Policy):
 
     def _catch_up_ms(self) -> float:
         """What the draft's taking in of this text's prompt is still to cost."""
-        if self._draft_began:
+        if self._draft_rounds:
             return 0.0
         return self.now.catch_up.expected(self._draft_share) * self._prefill_ms
+
+    def _lasting_rounds(self) -> float:
+        """How many rounds of this text are expected to ask the draft, once it is asked."""
+        usual = self._lasting.get(self._kind, _CATCH_UP_ROUNDS)
+        return min(usual, self._ahead_ms / (self.now.plain_ms or 1.0)) or 1.0
 
     def _draft_ms(self) -> tuple[float, float]:
         """Of the first level and of a further one; a guess before they are known."""
@@ -393,16 +414,15 @@ class AutoPolicy(Policy):
         return best
 
     def observe(self, outcome: Outcome) -> None:
-        now = self.now
-        self._unheard += 1
-        self._unheard_ms += outcome.total_ms
-        resting = self._rest > 0
-        lost = self._observe_rest(outcome) if resting else self._observe_rate(outcome)
-        verify_ms = outcome.verify_ms - outcome.verify_extra_ms
-        now.verify.add(outcome.num_nodes, verify_ms, outcome.settled)
-        now.overhead.add(outcome.total_ms - outcome.draft_ms - outcome.verify_ms, outcome.settled)
-        if resting:
+        if self._rest > 0:
+            # what little is done between forwards finds cold caches
+            self._rest -= 1
+            self._rested.append(outcome)
             return
+        now = self.now
+        self._take_time(outcome)
+        lost = self._observe_rate(outcome)
+        self._observe_costs(outcome)
         looked = outcome.match_lengths is not None
         if looked:
             self._learn_lookup(outcome)
@@ -423,14 +443,23 @@ class AutoPolicy(Policy):
         drafted = "draft" if outcome.draft_levels else "lookup" if outcome.num_nodes > 1 else ""
         self._rounds[drafted or "plain"] += 1
 
-    def _observe_rest(self, outcome: Outcome) -> float:
-        """A round of plain decoding, which loses nothing. Its code is short because what little is
-        done between forwards finds cold caches."""
+    def _take_time(self, outcome: Outcome) -> None:
+        self._unheard += 1
+        self._unheard_ms += outcome.total_ms
+
+    def _observe_costs(self, outcome: Outcome) -> None:
+        verify_ms = outcome.verify_ms - outcome.verify_extra_ms
+        overhead_ms = outcome.total_ms - outcome.draft_ms - outcome.verify_ms
+        self.now.verify.add(outcome.num_nodes, verify_ms, outcome.settled)
+        self.now.overhead.add(overhead_ms, outcome.settled)
+
+    def _observe_plain(self, outcome: Outcome) -> None:
+        """A round of plain decoding, which loses nothing."""
+        self._take_time(outcome)
         usual, plain_ms = outcome.total_ms - outcome.verify_extra_ms, self.now.plain_ms
         self.now.add_rate(1.0, usual if plain_ms is None else min(usual, 2.0 * plain_ms))
-        self._rest -= 1
+        self._observe_costs(outcome)
         self._rounds["plain"] += 1
-        return 0.0
 
     def _observe_rate(self, outcome: Outcome) -> float:
         """Milliseconds the round took beyond those of plain decoding, less what its further tokens
@@ -471,9 +500,9 @@ class AutoPolicy(Policy):
 
     def _learn_draft_cost(self, outcome: Outcome, looked: bool) -> None:
         levels, now = outcome.draft_levels, self.now
-        if not self._draft_began:
+        self._draft_rounds += 1
+        if self._draft_rounds == 1:
             # the first time in a text takes in its prompt
-            self._draft_began = True
             usual = sum(self._draft_ms()) if now.root.value else 0.0
             if self._prefill_ms > 0:
                 # the smallest so far: the first ones have forwards that are not recorded
@@ -538,13 +567,19 @@ class AutoPolicy(Policy):
                 continue
             self.match_gain[slot].add(kept)
             offered = set(parents[row][lookup[row]].tolist())
-            shares = self.lookup_first
-            for node in path[: kept + 1]:
+            for right, node in enumerate(path[: kept + 1]):
                 if node not in offered:
                     break
-                shares[slot].add(float(node != path[kept]))
-                shares = self.lookup_later
+                length = min(outcome.match_lengths[row] + right, len(LOOKUP_PRIOR) - 1)
+                self.lookup_first[length].add(float(node != path[kept]))
         self.lookup_gain.add(self._shared(brought))
+        self._look_ahead(max(brought))
+
+    def _look_ahead(self, brought: int) -> None:
+        """Chooses the length of the next continuation by how much of the last one was right."""
+        if self._with_lookup:
+            usual, longest = _LOOKUP_LENGTHS
+            self.lookup_length = min(max(2 * brought, usual), longest)
 
     def predictions(self) -> list[whatif.Prediction]:
         """What plain decoding, lookup alone, the best chain and the best tree would bring now."""
@@ -565,6 +600,7 @@ class AutoPolicy(Policy):
         return listed
 
     def describe(self) -> str:
+        self._pass_time()
         listed = self.predictions()
         if not listed or self.rate is None:
             return f"auto: nothing measured yet; costs: {self.origin}"

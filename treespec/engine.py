@@ -185,8 +185,6 @@ class Engine:
         clock = time.perf_counter()
         self.target.rounds_ahead = self._rounds_ahead()
         self.target.start_round()
-        for source in self.drafts:
-            source.start_round()
         budgets = [request.max_new_tokens - len(row.new_tokens) for row in self._active]
         tree, match_lengths, levels = self._grow(request.picker, budgets)
         grown = time.perf_counter()
@@ -195,7 +193,8 @@ class Engine:
         verdicts = self._decide(request, tree, logits, budgets)
         news = self._commit(request, tree, verdicts)
         committed = time.perf_counter()
-        drafts_recorded = sum(source.recording_ms for source in self.drafts)
+        asked = self.drafts if levels else []
+        drafts_recorded = sum(source.recording_ms for source in asked)
         recorded = self.target.recording_ms
         outcome = Outcome(
             tree=tree,
@@ -208,10 +207,10 @@ class Engine:
             num_nodes=tree.tokens.shape[1],
             new_tokens=sum(len(tokens) for _, tokens in news),
             sampled=request.picker.do_sample,
-            draft_extra_ms=sum(source.unrecorded_ms for source in self.drafts),
+            draft_extra_ms=sum(source.unrecorded_ms for source in asked),
             verify_extra_ms=self.target.unrecorded_ms,
             settled=self.target.settled,
-            draft_settled=all(source.settled for source in self.drafts),
+            draft_settled=all(source.settled for source in asked),
         )
         self.policy.observe(outcome)
         self._count(outcome)
@@ -223,13 +222,16 @@ class Engine:
     def _grow(self, picker: TokenPicker, budgets: list[int]) -> tuple[Tree, list[int] | None, int]:
         sequences = self._sequences()
         roots = sequences.roots()
+        if not (self.policy.begin_round(budgets) and self.sources):
+            return root_only(roots), None, 0
         # the bonus token takes one place, so deeper nodes could never be kept
-        depth = min(self.policy.max_depth, max(budgets) - 1)
-        drafts = self.policy.begin_round(budgets) and self.sources
-        if depth <= 0 or not drafts:
+        room = max(budgets) - 1
+        depth, length = (min(n, room) for n in (self.policy.max_depth, self.policy.lookup_length))
+        deepest = max(depth, length)
+        if deepest <= 0:
             return root_only(roots), None, 0
         growth = Growth(roots, picker.implementation)
-        match_lengths = self._add_lookups(growth, sequences, depth)
+        match_lengths = self._add_lookups(growth, sequences, length)
         levels = 0
         if self.drafts and self.policy.wants_draft(growth.lookup_scores()):
             levels = self._grow_levels(growth, sequences, picker, depth)
@@ -237,25 +239,28 @@ class Engine:
             return root_only(roots), match_lengths, 0
         # drawn siblings are all verified: leaving some out by what they are would bias the rest
         count = growth.count if picker.rejects else self.policy.nodes_to_verify(growth.all_scores())
-        tree = growth.select(count, depth, self.policy.node_sizes)
+        tree = growth.select(count, deepest, self.policy.node_sizes)
         return tree, match_lengths, levels
 
-    def _add_lookups(self, growth: Growth, sequences: Sequences, depth: int) -> list[int] | None:
+    def _add_lookups(
+        self, growth: Growth, sequences: Sequences, length: int
+    ) -> list[int] | None:
         if not self.lookups or not self.policy.wants_lookup():
             return None
-        proposals = [source.propose(sequences, depth) for source in self.lookups]
+        proposals = [source.propose(sequences, length) for source in self.lookups]
         match_lengths = [max(lengths) for lengths in zip(*(p.match_lengths for p in proposals))]
         if self.policy.wants_matches(match_lengths):
             continuations = torch.cat([p.continuations for p in proposals], dim=1)
             # a source may propose anything, even tokens that the target does not have
             continuations = continuations.masked_fill(continuations >= self.target.vocab_size, -1)
-            growth.add_lookups(continuations, *self.policy.lookup_chances(match_lengths))
+            growth.add_lookups(continuations, self.policy.lookup_chances(match_lengths, length))
         return match_lengths
 
     def _grow_levels(
         self, growth: Growth, sequences: Sequences, picker: TokenPicker, depth: int
     ) -> int:
         source = self.drafts[0]
+        source.start_round()
         logits, root_row, chain, offset = source.root_logits(sequences)
         growth.begin_levels(offset + self.policy.max_rows, root_row, chain)
         sharpness = self.policy.sharpness(picker)

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from treespec.sampling import TokenPicker
@@ -20,16 +22,30 @@ from treespec.tree import NODE_SIZES, Tree
 
 _LOWEST = float("-inf")
 
-# Shares of looked-up tokens that proved right, by match length 0, 1, 2, ...; and of those after a
-# right one.
+# Shares of looked-up tokens that proved right, by match length 0, 1, 2, ...
 LOOKUP_PRIOR = (0.0, 0.25, 0.45, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9)
-LOOKUP_LATER = 0.85
 
 # A draft's probability says how often a token is *drawn*; which token is the argmax, with or
 # without known noise, is more certain. These factors fit the demo pair (docs/design/003-auto.md);
 # `AutoPolicy` goes on from them.
 GREEDY_SHARPNESS = 3.0
 COUPLED_SHARPNESS = 2.0
+
+
+def running_chances(
+    next_right: Sequence[float], match_lengths: list[int], length: int
+) -> np.ndarray:
+    """Chances `[B, length]` that a continuation's tokens so far are right. One that proved right so
+    far is a longer match.
+
+    Args:
+        next_right: the share of next tokens that are right, by match length; 0 for none, and the
+            last one goes for longer matches too.
+        match_lengths: of every row.
+        length: tokens of a continuation.
+    """
+    matched = np.array(match_lengths)[:, None] + np.arange(length)
+    return np.cumprod(np.take(next_right, matched, mode="clip"), axis=1)
 
 
 @dataclass
@@ -67,11 +83,9 @@ class Policy:
     max_rows = 0
     lookup_length = 0
 
-    def lookup_chances(self, match_lengths: list[int]) -> tuple[list[float], list[float]]:
-        """Per row the chance that a lookup's first token is right, and a later one when the one
-        before it was."""
-        first = [LOOKUP_PRIOR[min(length, len(LOOKUP_PRIOR) - 1)] for length in match_lengths]
-        return first, [max(chance, LOOKUP_LATER) for chance in first]
+    def lookup_chances(self, match_lengths: list[int], length: int) -> np.ndarray:
+        """Per row the chances, `[B, length]`, that a continuation's tokens so far are right."""
+        return running_chances(LOOKUP_PRIOR, match_lengths, length)
 
     def begin(self, longest: int, sampled: bool, prefill_ms: float = 0.0) -> None:
         """A new batch of texts begins.

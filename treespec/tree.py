@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -183,30 +184,26 @@ class Growth:
         self.scores[:, place] = scores
         self._level_start, self.count = self.count, end
 
-    def add_lookups(
-        self, continuations: torch.Tensor, first: list[float], later: list[float]
-    ) -> None:
+    def add_lookups(self, continuations: torch.Tensor, chances: np.ndarray) -> None:
         """Adds continuations of the committed text as a trie. At most once, before any level.
 
         Args:
             continuations: int64 `[B, M, L]`, -1 padded.
-            first: per row the chance that one of the first tokens is right.
-            later: per row the chance that a token is right when the one before it was.
+            chances: `[B, L]`, that a row's tokens so far are right, up to each place.
         """
-        batch, num, length = continuations.shape
+        num, length = continuations.shape[1:]
         device = continuations.device
         parents, fresh, share = ops.merge_continuations(
             continuations, implementation=self._implementation
         )
-        steps = torch.arange(length, device=device)
-        chances = torch.tensor([first, later], device=device).clamp_min_(1e-9).view(2, batch, 1, 1)
-        scores = (share * chances[0] * chances[1] ** steps).log_().masked_fill_(~fresh, _EMPTY)
+        weights = torch.from_numpy(np.maximum(chances, 1e-9, dtype=np.float32)).to(device)
+        scores = (share * weights.unsqueeze(1)).log_().masked_fill_(~fresh, _EMPTY)
         self.num_lookups = num * length
         self._append(
             continuations.flatten(1).clamp_min(0), parents.flatten(1) + 1, scores.flatten(1)
         )
         self._level_start = self.count
-        self._lookup_depths = steps.repeat(num) + 1
+        self._lookup_depths = torch.arange(1, length + 1, device=device).repeat(num)
 
     def begin_levels(self, max_rows: int, root_row: torch.Tensor, chain: torch.Tensor) -> None:
         """Prepares for a draft that forwards nodes as rows of its cache.

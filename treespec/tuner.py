@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
+import random
 import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +26,7 @@ import torch
 
 from treespec import environment
 from treespec.policy import Outcome, Policy
-from treespec.sources.base import DraftSource, OneShotSource, Proposal, StepwiseSource
+from treespec.sources.base import OneShotSource, Proposal
 from treespec.whatif import RoundCosts
 
 if TYPE_CHECKING:
@@ -36,7 +38,8 @@ CACHE_VARIABLE = "TREESPEC_CACHE_DIR"
 NODE_SIZES = (1, 4, 8, 16, 32, 64)
 _WIDTHS = (1, 4)
 _PREFIX = 256
-_WARM_ROUNDS, _ROUNDS, _PASSES = 4, 5, 5
+_DEEPEST = 5
+_WARM_ROUNDS, _ROUNDS, _TURNS = 2, 3, 12
 
 
 class TuningError(Exception):
@@ -207,69 +210,6 @@ def _costs(data: dict) -> RoundCosts:
     )
 
 
-class _Filler(OneShotSource):
-    """Proposes tokens that are hardly ever right, as many as are wanted: makes trees of a given
-    size."""
-
-    name = "filler"
-
-    def __init__(self, num_nodes: int, vocab_size: int) -> None:
-        self._num_nodes, self._vocab_size = num_nodes, vocab_size
-
-    def propose(self, sequences, length):
-        rows = len(sequences.lens)
-        paths, steps = -(-self._num_nodes // 4), min(4, length)
-        # every path has a first token of its own, so none merge
-        tokens = torch.arange(paths * steps).view(paths, steps) * 7 % self._vocab_size
-        tokens = tokens.expand(rows, -1, -1).to(sequences.tokens.device)
-        return Proposal(tokens.contiguous(), [8] * rows)
-
-
-class _ProbePolicy(Policy):
-    """Draws the same shape every round and keeps its times.
-
-    Args:
-        num_nodes: nodes to verify, root included; fewer where the sources propose fewer.
-        levels: draft levels.
-        width: nodes that a level after the first forwards.
-        lookup_length: most tokens of a continuation; 0 asks no lookup.
-    """
-
-    max_nodes = max(NODE_SIZES)
-    node_sizes = NODE_SIZES
-
-    def __init__(
-        self, num_nodes: int, levels: int = 0, width: int = 1, lookup_length: int = 0
-    ) -> None:
-        self._num_nodes, self._width = num_nodes, width
-        self.max_depth = max(levels, lookup_length)
-        self._levels = levels
-        self.lookup_length = lookup_length
-        self.max_rows = width * levels + 1
-        self.outcomes: list[Outcome] = []
-
-    def wants_draft(self, lookup_scores):
-        self._left = self._levels - 1
-        return self._levels > 0
-
-    def children(self, depth):
-        return 4
-
-    def frontier(self, depth):
-        return self._width, float("-inf")
-
-    def worth_expanding(self, scores):
-        # called once a level after the first
-        self._left -= 1
-        return self._left >= 0
-
-    def nodes_to_verify(self, scores):
-        return self._num_nodes
-
-    def observe(self, outcome):
-        self.outcomes.append(outcome)
-
-
 @dataclass(frozen=True)
 class Shape:
     """A shape whose rounds are timed: nodes verified, draft levels, nodes a level forwards, and
@@ -288,6 +228,11 @@ class Shape:
             parts.append("lookup")
         return ", ".join(parts)
 
+    @property
+    def continuation(self) -> int:
+        """Tokens of a looked-up continuation; of a filler's where there are no draft levels."""
+        return 10 if self.lookup else 4 if self.num_nodes > 1 and not self.levels else 0
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -300,6 +245,83 @@ class Timing:
     total_ms: float
     num_nodes: float
 
+    @property
+    def beside_ms(self) -> float:
+        """All but the verification."""
+        return self.draft_ms + self.rest_ms
+
+    @classmethod
+    def of(cls, outcomes: list[Outcome]) -> Timing:
+        """The medians of rounds of one shape."""
+        rest = [o.total_ms - o.draft_ms - o.verify_ms for o in outcomes]
+        return cls(
+            statistics.median(o.draft_ms for o in outcomes),
+            statistics.median(o.verify_ms for o in outcomes),
+            statistics.median(rest),
+            statistics.median(o.total_ms for o in outcomes),
+            statistics.median(o.num_nodes for o in outcomes),
+        )
+
+
+class _Filler(OneShotSource):
+    """Proposes tokens that are hardly ever right, as many as are wanted: makes trees of a given
+    size."""
+
+    name = "filler"
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self.num_nodes = 1
+
+    def propose(self, sequences, length):
+        rows = len(sequences.lens)
+        paths, steps = -(-self.num_nodes // 4), min(4, length)
+        # every path has a first token of its own, so none merge
+        tokens = torch.arange(paths * steps).view(paths, steps) * 7 % self._vocab_size
+        tokens = tokens.expand(rows, -1, -1).to(sequences.tokens.device)
+        return Proposal(tokens.contiguous(), [8] * rows)
+
+
+class _ProbePolicy(Policy):
+    """Draws a given shape and keeps the last round's times."""
+
+    max_nodes = max(NODE_SIZES)
+    node_sizes = NODE_SIZES
+    max_rows = max(_WIDTHS) * _DEEPEST + 1
+
+    def __init__(self) -> None:
+        self.draw(Shape(1))
+
+    def draw(self, shape: Shape) -> None:
+        """From now on draws this shape."""
+        self._shape = shape
+        self.max_depth, self.lookup_length = shape.levels, shape.continuation
+
+    def begin_round(self, left):
+        self.left = min(left)
+        return True
+
+    def wants_draft(self, lookup_scores):
+        self._more = self._shape.levels - 1
+        return self._shape.levels > 0
+
+    def children(self, depth):
+        return 4
+
+    def frontier(self, depth):
+        return self._shape.width, float("-inf")
+
+    def worth_expanding(self, scores):
+        # called once a level after the first
+        self._more -= 1
+        return self._more >= 0
+
+    def nodes_to_verify(self, scores):
+        return self._shape.num_nodes
+
+    def observe(self, outcome):
+        self.last = outcome
+
 
 class Bench:
     """Times rounds of given shapes with a speculator's own models.
@@ -310,75 +332,62 @@ class Bench:
     """
 
     def __init__(self, spec: TreeSpeculator, rows: int) -> None:
+        from treespec.engine import Engine
+
         self._spec = spec
-        self._target = spec._target
         self._lookups = spec._engine.lookups
-        self._draft = next(
-            (s for s in spec._engine.sources if isinstance(s, StepwiseSource)), None
-        )
-        limit = self._target.position_limit or 1 << 30
+        target = spec._target
+        limit = target.position_limit or 1 << 30
         if spec._model is not None and spec._model.position_limit is not None:
             limit = min(limit, spec._model.position_limit)
         self._budget = min(256, limit // 2)
         prefix = min(_PREFIX, limit - self._budget)
         # without 0, which may pad
-        pattern = 1 + torch.arange(prefix) * 11 % min(97, self._target.vocab_size - 1)
+        pattern = 1 + torch.arange(prefix) * 11 % min(97, target.vocab_size - 1)
         self._ids = pattern.repeat(rows, 1)
-
-    def time(self, shape: Shape, rounds: int = _ROUNDS) -> Timing:
-        """Runs `rounds` rounds of a shape, after a few that warm up."""
-        outcomes: list[Outcome] = []
-        while len(outcomes) < rounds:
-            found = self._run(shape, rounds + _WARM_ROUNDS)
-            # a text that ended early warmed up in the run before
-            outcomes += found[_WARM_ROUNDS:] or found
-        return Timing(
-            statistics.median(o.draft_ms for o in outcomes),
-            statistics.median(o.verify_ms for o in outcomes),
-            statistics.median(o.total_ms - o.draft_ms - o.verify_ms for o in outcomes),
-            statistics.median(o.total_ms for o in outcomes),
-            statistics.median(o.num_nodes for o in outcomes),
-        )
+        self._policy, self._filler = _ProbePolicy(), _Filler(target.vocab_size)
+        sources = [self._filler, *self._lookups, *spec._engine.drafts]
+        self._engine = Engine(target, sources, self._policy)
 
     def time_all(
-        self, listed: list[Shape], advance: Callable[[str], None] | None = None
+        self,
+        listed: list[Shape],
+        advance: Callable[[str], None] | None = None,
+        turns: int | None = None,
     ) -> dict[Shape, Timing]:
-        """Times all shapes in turns, several times: a busy spell hits one pass, not one shape."""
-        passes: dict[Shape, list[Timing]] = {shape: [] for shape in listed}
-        for turn in range(_PASSES):
-            for shape in listed:
-                passes[shape].append(self.time(shape))
-                if advance and turn == _PASSES - 1:
-                    advance(str(shape))
-        return {
-            shape: Timing(*(statistics.median(parts) for parts in zip(*map(astuple, found))))
-            for shape, found in passes.items()
-        }
+        """Times all shapes in turns of a few rounds, many times over: a busy spell hits them
+        all."""
+        turns = turns or _TURNS
+        outcomes: dict[Shape, list[Outcome]] = {shape: [] for shape in listed}
+        with contextlib.closing(self._rounds()) as running:
+            for turn in range(turns):
+                for shape in random.Random(turn).sample(listed, len(listed)):
+                    self._draw(shape)
+                    # after another shape the caches are cold, and a draft has tokens to take in
+                    found = list(itertools.islice(running, _WARM_ROUNDS + _ROUNDS))
+                    outcomes[shape] += found[_WARM_ROUNDS:]
+                    if advance and turn == turns - 1:
+                        advance(str(shape))
+        return {shape: Timing.of(found) for shape, found in outcomes.items()}
 
-    def _run(self, shape: Shape, rounds: int) -> list[Outcome]:
-        from treespec.engine import Engine
+    def _draw(self, shape: Shape) -> None:
+        self._policy.draw(shape)
+        self._filler.num_nodes = shape.num_nodes
+        self._engine.lookups = self._lookups if shape.lookup else [self._filler]
 
-        lookup = 10 if shape.lookup else 4 if shape.num_nodes > 1 and not shape.levels else 0
-        policy = _ProbePolicy(shape.num_nodes, shape.levels, shape.width, lookup)
-        sources: list[DraftSource] = []
-        if shape.levels:
-            assert self._draft is not None
-            sources.append(self._draft)
-        if shape.lookup:
-            sources += self._lookups
-        elif lookup:
-            sources.append(_Filler(shape.num_nodes, self._target.vocab_size))
+    def _rounds(self) -> Generator[Outcome, None, None]:
+        """Rounds of all rows without end, of one text after another."""
         options = {"max_new_tokens": self._budget, "do_sample": False}
-        mask = torch.ones_like(self._ids)
-        request, _ = self._spec._prepare(self._ids, mask, None, None, options)
-        request.eos_ids, request.stop, request.warming = frozenset(), None, True
-        generation = Engine(self._target, sources, policy).run(request)
-        with contextlib.closing(_closable(generation)) as running:
-            for _ in running:
-                if len(policy.outcomes) >= rounds:
-                    break
-        rows = len(self._ids)
-        return [o for o in policy.outcomes if len(o.paths) == rows]
+        while True:
+            mask = torch.ones_like(self._ids)
+            request, _ = self._spec._prepare(self._ids, mask, None, None, options)
+            request.eos_ids, request.stop, request.warming = frozenset(), None, True
+            with contextlib.closing(_closable(self._engine.run(request))) as running:
+                for _ in running:
+                    # the last rounds of a text have no room for all levels
+                    if self._policy.left < self._budget // 8:
+                        break
+                    yield self._policy.last
 
 
 def _closable(generation: Iterator) -> Generator:
@@ -397,9 +406,7 @@ def shapes(spec: TreeSpeculator) -> list[Shape]:
 
 def record(spec: TreeSpeculator, rows: int) -> None:
     """Makes the forwards of every shape often enough that they are recorded and checked."""
-    bench = Bench(spec, rows)
-    for shape in shapes(spec):
-        bench.time(shape, 1)
+    Bench(spec, rows).time_all(shapes(spec), turns=2)
 
 
 def measure(
@@ -419,20 +426,20 @@ def _costs_of(spec: TreeSpeculator, timed: dict[Shape, Timing]) -> RoundCosts:
     plain = timed[Shape(1)]
     root, levels = 0.0, {}
     if spec._model is not None:
-        first = timed[Shape(4, 1)].draft_ms
-        root = max(first - plain.draft_ms, 0.0)
+        first = timed[Shape(4, 1)]
+        root = max(first.beside_ms - plain.beside_ms, 0.0)
         for width in _WIDTHS:
-            deep = timed[Shape(4, 3, width)].draft_ms
-            levels[width] = max((deep - first) / 2, 0.02 * first)
+            deep = timed[Shape(4, 3, width)]
+            levels[width] = max((deep.draft_ms - first.draft_ms) / 2, 0.02 * first.draft_ms)
     lookup = 0.0
     if spec._engine.lookups:
-        lookup = max(timed[Shape(8, lookup=True)].draft_ms - plain.draft_ms, 0.0)
+        lookup = max(timed[Shape(8, lookup=True)].beside_ms - plain.beside_ms, 0.0)
     return RoundCosts(
         {size: timed[Shape(size)].verify_ms for size in NODE_SIZES},
         root,
         levels or None,
         lookup,
-        plain.draft_ms + statistics.median(timed[Shape(n)].rest_ms for n in NODE_SIZES[:3]),
+        plain.beside_ms,
     )
 
 
@@ -442,7 +449,7 @@ def check_shapes(spec: TreeSpeculator) -> list[Shape]:
     if spec._engine.lookups:
         shapes += [Shape(12, lookup=True), Shape(24, lookup=True)]
     if spec._model is not None:
-        shapes += [Shape(4, 2), Shape(8, 2, 4), Shape(16, 4, 4), Shape(24, 5, 4)]
+        shapes += [Shape(4, 2), Shape(8, 2, 4), Shape(16, 4, 4), Shape(24, _DEEPEST, 4)]
     return shapes
 
 

@@ -391,6 +391,7 @@ def suite_methods(
         our_method(pair, "linear K=4", "linear", Chain(4), "draft"),
         our_method(pair, "best-first 12/4/3", "best-first", BestFirstTree(12, 4, 3), "draft"),
         our_method(pair, "best-first 24/10/8", "best-first", BestFirstTree(24, 10, 8), "lookup"),
+        our_method(pair, "best-first 64/40/4", "best-first", BestFirstTree(64, 40, 4), "lookup"),
         our_method(pair, "best-first 24/3/4", "best-first", BestFirstTree(24, 3, 4), "merged"),
         *(our_method(pair, name, "own", shape, "merged") for name, shape in more),
         our_method(pair, "auto", "auto", "auto", "merged"),

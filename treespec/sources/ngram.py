@@ -35,6 +35,9 @@ class NgramSource(OneShotSource):
             num_matches=self.num_matches,
             length=length,
         )
-        known = (continuations >= 0).sum(2, keepdim=True).clamp_min_(1)
-        continuations = continuations.gather(2, torch.arange(length, device=lens.device) % known)
-        return Proposal(continuations, match_lengths.tolist())
+        found = match_lengths.tolist()
+        if any(found):
+            known = (continuations >= 0).sum(2, keepdim=True).clamp_min_(1)
+            steps = torch.arange(length, device=lens.device)
+            continuations = continuations.gather(2, steps % known)
+        return Proposal(continuations, found)
