@@ -130,6 +130,31 @@ def test_torch_is_the_reference(case):
     same_children(ops.draft_children(logits, parents, count, **options), wanted)
 
 
+@pytest.mark.parametrize("distinct", [5, 60, None], ids=lambda n: f"{n} distinct")
+@pytest.mark.parametrize("drafting", DRAFTINGS)
+def test_torch_looks_at_what_top_k_leaves(drafting, distinct):
+    """With ties at the end of the top k, which pass together, and broken rows."""
+    generator = torch.Generator().manual_seed(11)
+    logits = torch.randn(3, 4, 120, generator=generator) * 3
+    if distinct:
+        logits = (logits * distinct / 20).round() * 20 / distinct
+    logits[0, 1, 7], logits[1, 2, 5] = NAN, INF
+    logits[2, 0] = -INF
+    parents = -torch.rand(3, 4, generator=generator)
+    keys = noise_keys(3, 4)
+    keys["positions"] = keys["positions"][:, :1].expand(-1, 4)
+    for more in ({}, {"temperature": 0.7}, {"top_p": 0.8}, {"min_p": 0.05, "temperature": 1.5}):
+        options = {**keys, "drafting": drafting, "top_k": 6, "sharpness": 1.3, **more}
+        wanted = reference.draft_children(logits, parents, 9, **options)
+        same_children(ops.draft_children(logits, parents, 9, **options), wanted)
+        if drafting != "coupled":
+            continue
+        rows, places = options["rows"], options["positions"][:, :1]
+        noise = ops.gumbel_noise(options["seed"], rows, places, 120)
+        given_noise = ops.draft_children(logits, parents, 9, **options, noise=noise)
+        same_children(given_noise, wanted)
+
+
 @INTERPRETED
 @given(frontiers(filters=False))
 def test_triton_is_the_reference(case):

@@ -13,13 +13,16 @@ import tempfile
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from treespec.bench.figures import BASE
 from treespec.bench.models import Pair
 from treespec.shapes import AdaptiveTree, BestFirstTree, Chain, FixedTree, Shape
+
+if TYPE_CHECKING:
+    from treespec.speculator import TreeSpeculator
 
 
 @dataclass(frozen=True)
@@ -320,7 +323,11 @@ def stats_of(stats) -> dict[str, Any]:
 def _speculator(pair: Pair, shape: Shape | str | None, sources: str | None) -> Run:
     from treespec import TreeSpeculator
 
-    spec = TreeSpeculator(pair.target, draft_argument(pair, sources), shape or "auto")
+    return stepwise(TreeSpeculator(pair.target, draft_argument(pair, sources), shape or "auto"))
+
+
+def stepwise(spec: TreeSpeculator) -> Stepwise:
+    """A speculator as a way to continue that can be paused between rounds."""
 
     def steps(task: Task) -> Generator[Any, None, Continuation]:
         options = task.generate_options()
