@@ -96,7 +96,8 @@ def _within_top_k(scores: torch.Tensor, top_k: int | torch.Tensor) -> torch.Tens
     if isinstance(top_k, torch.Tensor) or not 0 < top_k < scores.shape[1] // _FEW:
         return None
     values, tokens = scores.topk(int(top_k) + 1)
-    if bool((values[:, -1] == values[:, -2]).any()):
+    last, next_best = values[:, -2], values[:, -1]
+    if bool(((last == next_best) & (last > -float("inf"))).any()):
         return None
     return tokens[:, :-1].sort(1).values
 

@@ -193,9 +193,9 @@ def test_measuring_the_shapes_asked_for(monkeypatch):
         assert {o.draft_levels for o in outcomes} == {shape.levels}
         assert {len(o.paths) for o in outcomes} == {2}
         assert {o.match_lengths is None for o in outcomes} == {shape.continuation == 0}
-    bench._draw(tuner.Shape(8, 3, 4))
+    bench._draw(tuner.Shape(8, 5, 4))
     # more rounds than a text has
-    assert {o.draft_levels for o in itertools.islice(rounds, 300)} == {3}
+    assert {o.draft_levels for o in itertools.islice(rounds, 200)} == {5}
     rounds.close()
 
 
