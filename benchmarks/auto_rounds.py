@@ -18,7 +18,7 @@ from treespec import TreeSpeculator
 from treespec.bench.methods import Method, stepwise
 from treespec.bench.models import load_pair
 from treespec.bench.prompts import suite_tasks
-from treespec.bench.protocol import timed
+from treespec.bench.protocol import identical, timed
 from treespec.policy import Outcome
 
 _WARM_UPS = 2
@@ -88,10 +88,18 @@ def main() -> int:
         list(timed(methods, task))
     plain, auto = (watch(specs[name]) for name in ("plain", "auto"))
     seconds: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    same = 0
     for task in tasks:
-        for method, _, spent in timed(methods, task):
+        texts = {}
+        for method, found, spent in timed(methods, task):
+            texts[method.name] = found.ids
             for category in (task.category, "all"):
                 seconds[category][method.name] += spent
+        same += identical(texts["auto"], texts["plain"])
+    if pair.exact and same < len(tasks):
+        print(f"{len(tasks) - same} texts differ from plain decoding's")
+        return 1
+    print(f"identical to plain decoding: {same} of {len(tasks)} texts")
     for category, spent in seconds.items():
         print(f"{category:14} {spent['plain'] / spent['auto']:.3f} of plain decoding's speed")
     usual = sum(k.milliseconds for k in plain.values()) / sum(k.rounds for k in plain.values())

@@ -20,11 +20,12 @@ from transformers import AutoModelForCausalLM
 
 import treespec.engine
 from treespec import TreeSpeculator
-from treespec.auto import AutoPolicy, Purse
+from treespec.auto import AutoPolicy
 from treespec.beliefs import Belief
 from treespec.costs import MeasuredCosts, RunningTime, VerifyCosts, row_shares
 from treespec.engine import Row
 from treespec.policy import Outcome
+from treespec.purse import Purse
 from treespec.sources import OneShotSource, Proposal
 from treespec.tree import Growth
 from treespec.whatif import RoundCosts
