@@ -426,11 +426,10 @@ def test_no_more_than_a_share_of_a_text_is_lost_in_it():
 
 def test_what_a_draft_gains_in_short_texts_is_not_lost_in_long_ones():
     policy, nothing = tuned(), torch.zeros(1, 0)
-    for longest, lost in ((600, 40.0), (20, -40.0)):
+    for longest, gain in ((600, -1.5), (20, 1.5)):
         policy.begin(longest, False)
-        policy.begin_round([50])
-        policy._draft_purse.pass_time(1000.0)
-        policy._draft_purse.pay(lost, trial=False)
+        for _ in range(3):
+            policy.draft_gain.add(gain)
     asked = []
     for longest in (600, 20):
         policy.begin(longest, False)
@@ -629,14 +628,94 @@ def test_known_costs_decide_the_first_round():
     assert not tuned(level_ms=12.0, root_ms=12.0).wants_draft(nothing)
 
 
-def test_a_draft_in_debt_is_left_alone_whatever_is_expected_of_it():
+def test_a_draft_that_lost_lately_is_left_alone_whatever_is_expected_of_it():
     policy, nothing = tuned(), torch.zeros(1, 0)
     policy.begin_round([500])
-    policy._draft_purse.pass_time(1000.0)
-    policy._draft_purse.pay(40.0, trial=False)
-    assert not policy.wants_draft(nothing)
-    policy._draft_purse.pay(-35.0, trial=False)
     assert policy.wants_draft(nothing)
+    for _ in range(2):
+        policy.draft_gain.add(-1.5)
+    assert not policy.wants_draft(nothing)
+    for _ in range(4):
+        policy.draft_gain.add(1.5)
+    assert policy.wants_draft(nothing)
+
+
+def a_drafted_round(right: int, looked_up: int = 0, **others) -> Outcome:
+    """A round of one level that kept so many nodes, the first ones of them looked up."""
+    lookup = torch.tensor([[False, *[k < looked_up for k in range(6)]]]) if looked_up else None
+    usual = a_plain_round(
+        tree=SimpleNamespace(lookup=lookup),
+        paths=[list(range(right + 1))],
+        match_lengths=[4] if looked_up else None,
+        draft_levels=1,
+        draft_ms=1.0,
+        verify_ms=5.0,
+        total_ms=6.3,
+        num_nodes=7,
+    )
+    return dataclasses.replace(usual, **others)
+
+
+def gain_of(outcome: Outcome, draft_rounds: int = 1) -> float | None:
+    """What a policy makes of a round, None if it does not count."""
+    policy, gains = tuned(), []
+    policy.begin_round([50] * len(outcome.paths))
+    policy.now.verify.times = {1: 4.0, 24: 7.5}
+    policy.now.overhead.add(0.3)
+    policy.now.root.value, policy.now.level.value = 1.0, 0.8
+    policy._draft_rounds, policy._nodes_alone = draft_rounds, 4
+    policy.draft_gain = SimpleNamespace(add=gains.append)
+    policy._learn_draft_gain(outcome)
+    return gains[0] if gains else None
+
+
+def test_a_drafts_gain_is_its_tokens_less_its_time_in_rounds_of_plain_decoding():
+    # 2 ms longer than the 4.3 ms of plain decoding
+    assert gain_of(a_drafted_round(0)) == pytest.approx(-2.0 / 4.3)
+    assert gain_of(a_drafted_round(2)) == pytest.approx(2.0 - 2.0 / 4.3)
+    # tokens of lookups would have come without it, and so would their nodes and the look
+    alone_ms = tuned().predict_round_ms(4, 0, True)
+    expected = 3.0 - 2.0 - (6.3 - alone_ms) / 4.3
+    assert gain_of(a_drafted_round(3, looked_up=2)) == pytest.approx(expected)
+
+
+def test_what_is_no_usual_time_of_a_draft_is_no_loss_of_it():
+    usual = gain_of(a_drafted_round(2))
+    prompt = {"draft_ms": 41.0, "total_ms": 46.3, "draft_settled": False}
+    assert gain_of(a_drafted_round(2, **prompt), draft_rounds=0) == pytest.approx(usual)
+    slow = {"draft_ms": 10.0, "total_ms": 15.3, "draft_extra_ms": 9.0}
+    assert gain_of(a_drafted_round(2, **slow)) == pytest.approx(usual)
+    # shapes of several sequences come and go
+    together = a_drafted_round(2, **slow)
+    together = dataclasses.replace(together, paths=together.paths * 2)
+    assert gain_of(together) < usual - 1.0
+    # a busy moment counts for no more than twice the time
+    assert gain_of(a_drafted_round(2, total_ms=500.0)) > usual - 2.0
+    assert gain_of(a_drafted_round(2, settled=False)) is None
+    assert gain_of(a_drafted_round(2, draft_settled=False)) is None
+
+
+def test_a_verification_after_a_draft_does_not_make_plain_decoding_dearer():
+    for drafted in (False, True):
+        costs = VerifyCosts(1, {1: 4.0, 8: 5.0})
+        for _ in range(20):
+            costs.add(8, 6.0, drafted=drafted)
+        assert (costs.at(1) == 4.0) == drafted
+        assert costs.at(8) > 5.5
+
+
+def test_a_further_level_takes_no_longer_than_the_first():
+    policy = tuned(level_ms=6.0, root_ms=2.0)
+    assert policy._draft_ms() == (2.0, 2.0)
+
+
+def test_only_a_trial_stops_at_the_depth_of_a_probe():
+    policy, likely = tuned(), torch.zeros(1, 1)
+    policy.begin_round([500])
+    policy._depth = 4
+    assert policy.worth_expanding(likely)
+    policy._exploring = True
+    assert not policy.worth_expanding(likely)
 
 
 def test_lookups_in_debt_are_used_for_their_best_matches_only():
@@ -733,7 +812,7 @@ def test_what_asking_led_to_in_earlier_texts_says_what_a_prompt_may_cost():
     policy, nothing = tuned(), torch.zeros(1, 0)
 
     def asks(longest: int) -> bool:
-        policy.begin(longest, False, prefill_ms=150.0)
+        policy.begin(longest, False, prefill_ms=50.0)
         policy.begin_round([50])
         return policy.wants_draft(nothing)
 
@@ -747,7 +826,7 @@ def test_what_asking_led_to_in_earlier_texts_says_what_a_prompt_may_cost():
         policy._draft_rounds = 40
         policy.begin(600, False)
     assert asks(600)
-    policy.begin(600, False, prefill_ms=150.0)
+    policy.begin(600, False, prefill_ms=50.0)
     policy.begin_round([2])
     assert not policy.wants_draft(nothing), "there is no time for it to pay"
 

@@ -4,6 +4,7 @@ before any time is shown."""
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib.util
 import itertools
 import json
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 import treespec
-from treespec import cli, demo, tuner
+from treespec import TreeSpeculator, cli, demo, tuner
 from treespec.bench import (
     figures,
     memory,
@@ -518,7 +519,10 @@ def stepping(name: str, log: list[str], clock, seconds: float) -> methods.Method
             yield
         return methods.Continuation(torch.zeros(1, 1))
 
-    return methods.Method(name, lambda: methods.Stepwise(steps), ours=True)
+    def record(task):
+        log.append(f"{name} recorded")
+
+    return methods.Method(name, lambda: methods.Stepwise(steps, record), ours=True)
 
 
 def test_methods_of_ours_run_side_by_side_on_their_own_time(task, monkeypatch):
@@ -532,6 +536,42 @@ def test_methods_of_ours_run_side_by_side_on_their_own_time(task, monkeypatch):
     switches = sum(a != b for a, b in itertools.pairwise(log))
     assert switches >= 4 and sorted(log) == ["quick"] * 8 + ["slow"] * 8
     assert quick.run(task).ids.shape == (1, 1), "at once, too"
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_ours_are_recorded_ahead_where_that_is_asked_for(pair, task, tmp_path, ahead):
+    log, oracle = [], torch.zeros(1, 1)
+    ours = stepping("ours", log, SimpleNamespace(now=0.0), 0.0)
+    theirs = methods.Method("theirs", lambda: lambda task: methods.Continuation(oracle))
+    longer = dataclasses.replace(task, id="longer", new_tokens=task.new_tokens + 1)
+    run, lengths = run_file(tmp_path), []
+    record = ours.run.record
+    ours.run = methods.Stepwise(
+        ours.run.steps, lambda task: (lengths.append(task.new_tokens), record(task))
+    )
+    comparison = protocol.Comparison(
+        pair, lambda task: oracle, run, 1, None, lambda note: None, ahead
+    )
+    comparison.run([protocol.Group([theirs, ours], [task, longer], {})])
+    rounds = ["ours"] * 8 * 3
+    assert log == (["ours recorded", *rounds] if ahead else rounds)
+    assert lengths == ([longer.new_tokens] if ahead else []), "for the longest text, once"
+
+
+def test_a_row_is_recorded_ahead_by_warmup_and_the_file_says_so(tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(TreeSpeculator, "warmup", lambda self, *sizes: asked.append(sizes))
+    path = tmp_path / "run.json"
+    command = [*REFERENCE, "--samples", "1", "--rows", "treespec plain", "--output", str(path)]
+    assert cli.main([*command, "--record-ahead"]) == 0
+    record = load(path)
+    assert record["settings"]["record_ahead"] is True
+    assert "recorded ahead by warmup()" in capsys.readouterr().out
+    assert asked == [(1, record["tasks"][0]["prompt_tokens"] + 12)]
+    path.unlink()
+    assert cli.main(command) == 0
+    assert load(path)["settings"]["record_ahead"] is False and len(asked) == 1
+    assert "recorded ahead" not in capsys.readouterr().out
 
 
 def test_others_run_one_after_another_and_ours_together():

@@ -17,7 +17,7 @@ from torch import nn
 import treespec.model
 from treespec import BestFirstTree, TreeSpeculator
 from treespec.capture import Recorder, RecordingRefused, compile_recording, opaque
-from treespec.model import TreeModel, _WeightMarks
+from treespec.model import TreeModel, _WeightMarks, _Worth
 
 SHAPE = BestFirstTree(max_nodes=16, depth=4, width=4)
 
@@ -358,7 +358,7 @@ def counted(monkeypatch):
 
 def test_a_round_tells_recording_and_unrecorded_forwards_from_what_stays(counted, monkeypatch):
     """Whatever state the recording of a shape is in, its forward is known to cost 4 ms in the
-    end."""
+    end, once a shape of its kind was recorded: one node, or more."""
     monkeypatch.setattr("treespec.model._CALLS_THAT_PAY", 3)
     target, _ = tiny_pair("llama")
     model = TreeSpeculator(target, None)._target
@@ -367,8 +367,8 @@ def test_a_round_tells_recording_and_unrecorded_forwards_from_what_stays(counted
     with torch.inference_mode():
         model.forward_chain(torch.arange(1, 9).unsqueeze(0))
     model.cache.commit([list(range(8))])
-    seen = []
-    for width in (1, 1, 1, 1, 1, 1, 2, 2, 2):
+    seen = {1: [], 2: [], 3: []}
+    for width in (*[1] * 6, *[2] * 4, *[3] * 5):
         model.rounds_ahead = 0.0
         model.start_round()
         before = counted.ms
@@ -377,14 +377,29 @@ def test_a_round_tells_recording_and_unrecorded_forwards_from_what_stays(counted
             model.forward(tokens, positions, torch.eye(width, dtype=torch.bool)[None])
         spent = counted.ms - before
         stays = spent - model.recording_ms - model.unrecorded_ms
-        seen.append((model.settled, round(model.recording_ms), round(stays)))
-    unknown, recording, replayed = (False, 0, 9), (True, 9, 4), (True, 0, 4)
-    checking = recording
-    # three calls of one node make it worth recording; what a call saves is known from there on
-    assert seen[:2] == [unknown, unknown]
-    assert seen[2:6] == [recording, checking, replayed, replayed]
-    assert seen[6:] == [replayed, replayed, recording]
-    assert model.unrecorded_ms == 0.0
+        seen[width].append((model.settled, round(model.recording_ms), round(stays)))
+    unknown, unrecorded = (False, 0, 9), (True, 0, 4)
+    recording, checking, replayed = (True, 9, 4), (True, 9, 4), (True, 0, 4)
+    # three calls of one node make it worth recording
+    assert seen[1] == [unknown, unknown, recording, checking, replayed, replayed]
+    # which tells nothing of more nodes
+    assert seen[2] == [unknown, unknown, recording, checking]
+    # recording and checking took 18 ms, and a call saves 5: four calls pay
+    assert seen[3] == [unrecorded, unrecorded, unrecorded, recording, checking]
+
+
+def test_calls_that_pay_are_what_a_recording_took_over_what_a_call_saves(monkeypatch):
+    monkeypatch.setattr("treespec.model._CALLS_THAT_PAY", 12)
+    worth = _Worth()
+    assert (worth.calls_that_pay, worth.saving_ms) == (12.0, None)
+    worth.note(64.0, 16.0)
+    assert worth.calls_that_pay == 4.0
+    worth.note(64.0, 8.0)
+    assert worth.saving_ms == 12.0 and worth.calls_that_pay == pytest.approx(64 / 12)
+    # one that saves nothing is still tried in a long text
+    for _ in range(9):
+        worth.note(64.0, -50.0)
+    assert worth.saving_ms == 0.0 and worth.calls_that_pay == 24.0
 
 
 @pytest.mark.parametrize("contiguous", [True, False])

@@ -38,8 +38,11 @@ _CHILDREN = 4
 _LEAST_PROBABILITY = 0.02
 # Prompts are of a kind by the bits of their length; all up to 255 tokens are of one.
 _SHORT_BITS = 8
-# Draft levels of the first round in a text that asks the draft.
+# Draft levels of a trial.
 _PROBE_LEVELS = 2
+# Rounds of plain decoding that one with a draft is expected to save in texts of a kind that were
+# not seen before.
+_GAIN_PRIOR = 0.3
 # A draft whose root has the right child this often is taken at its word.
 _TRUSTED = 0.75
 # Rounds of a text that are to pay for the draft's taking in its prompt, before it is known how many
@@ -55,11 +58,10 @@ _REPEATS = 0.7
 _LOOKUP_LENGTHS = (20, 63)
 # What lookups are expected to bring in sampled text, as a share of what they do in greedy text.
 _SAMPLED_REPEATS = 0.5
-# The shares that a source may have lost lately and in one text, and still be asked where it is
-# expected to pay. What lookups of one sequence lose they make up for in the next that repeats
-# itself.
+# The shares that lookups may have lost lately and in one text, and still be used where that is
+# expected to pay. What those of one sequence lose they make up for in the next that repeats itself.
 _DEBTS = (0.01, 0.015)
-_LOOKUP_DEBTS = (math.inf, 0.02)
+_DEBTS_ALONE = (math.inf, 0.02)
 # The shares of one sequence.
 _ALONE = np.ones(1)
 
@@ -101,6 +103,8 @@ class AutoPolicy(Policy):
         self.match_gain = [Belief(2.0 * prior, 3.0, 0.93) for prior in LOOKUP_PRIOR]
         # the right child is among those of the root, and of a later node the draft expanded
         self.draft_first, self.draft_later = Belief(0.7), Belief(0.7, 4.0)
+        # rounds of plain decoding that a round with the draft saved
+        self.draft_gain = Belief(_GAIN_PRIOR, 4.0, 0.95)
         self.ranks = [Belief(chance, 4.0) for chance in (0.5, 0.12, 0.05, 0.03)]
         # by kind of text
         self._sharpness: dict[int, float] = {}
@@ -122,8 +126,8 @@ class AutoPolicy(Policy):
         self._unheard_ms = 0.0
         # what plain decoding of the rest of the text would take
         self._ahead_ms = 0.0
-        # nodes that a trial verifies at least
-        self._trial_nodes = 0
+        # nodes that a trial verifies at least, and that lookups alone would verify
+        self._trial_nodes, self._nodes_alone = 0, 1
         # what a token of each row of this round is worth
         self._shares = _ALONE
         self._rounds = {"plain": 0, "lookup": 0, "draft": 0}
@@ -136,6 +140,7 @@ class AutoPolicy(Policy):
             self.lookup_gain,
             self.draft_first,
             self.draft_later,
+            self.draft_gain,
         ]
 
     def _costs_for(self, rows: int) -> MeasuredCosts:
@@ -190,7 +195,13 @@ class AutoPolicy(Policy):
         self._unheard, self._unheard_ms = 0, 0.0
         for purse in (self._lookup_purse, self._draft_purse):
             purse.pass_time(milliseconds, rounds)
-        for belief in (self.draft_first, self.draft_later, self.lookup_gain, *self.match_gain):
+        for belief in (
+            self.draft_first,
+            self.draft_later,
+            self.draft_gain,
+            self.lookup_gain,
+            *self.match_gain,
+        ):
             belief.age(rounds)
 
     @property
@@ -223,7 +234,7 @@ class AutoPolicy(Policy):
         cost = (self.now.lookup.value or 0.0) - (self.now.miss.value or 0.0)
         if self._pays(gain, cost):
             alone = len(match_lengths) == 1
-            shares = _LOOKUP_DEBTS if alone else _DEBTS
+            shares = _DEBTS_ALONE if alone else _DEBTS
             in_debt = self._lookup_purse.owes(shares, self._ahead_ms)
             return not in_debt or (alone and self._pays(gain, 2.0 * (cost + self._wider_ms())))
         self._lookup_exploring = True
@@ -248,14 +259,23 @@ class AutoPolicy(Policy):
         self._exploring = False
         if not self.with_model:
             return False
-        if self.now.root.value is None:
+        if self.now.root.value is None or self.rate is None:
             return True  # what it costs is worth knowing; the second time tells, without the prompt
-        if self.rate is None or self._draft_value(lookup_scores) > 0.0:
-            return not self._draft_purse.owes(_DEBTS, self._ahead_ms)
-        self._exploring = self._draft_purse.allows(self._trial_ms())
-        if self._exploring:
-            self._trial_nodes = self.node_sizes[1]
-        return self._exploring
+        gains, trial = self._draft_gains(), self._draft_purse.allows(self._trial_ms())
+        if not (gains or trial):
+            return False
+        looked_up = lookup_scores.shape[1] > 0
+        self._nodes_alone = 1 + (self._width(lookup_scores, with_root=False) if looked_up else 0)
+        if self._draft_value() > 0.0 and gains:
+            return True
+        if trial:
+            self._exploring, self._trial_nodes = True, self.node_sizes[1]
+        return trial
+
+    def _draft_gains(self) -> bool:
+        """Whether asking the draft has gained anything lately, its taking in of prompts paid."""
+        catch_up = self._catch_up_ms() / self._lasting_rounds()
+        return self.draft_gain.value * (self.now.plain_ms or 0.0) > catch_up
 
     def _trial_ms(self) -> float:
         """Of asking the draft for one level and verifying it."""
@@ -266,16 +286,14 @@ class AutoPolicy(Policy):
         narrow, wide = (self.now.verify.at(size) or 0.0 for size in self.node_sizes[:2])
         return wide - narrow
 
-    def _draft_value(self, lookup_scores) -> float:
+    def _draft_value(self) -> float:
         """Tokens that asking the draft is expected to bring beyond lookups, less what its time is
         worth, for the best number of levels."""
-        rate, alone = self.rate or 0.0, 1
+        rate, alone = self.rate or 0.0, self._nodes_alone
 
         def verify(num_nodes: int) -> float:
             return self.now.verify.at(num_nodes) or 0.0
 
-        if lookup_scores.shape[1]:
-            alone += self._width(lookup_scores, with_root=False)
         root, level = self._draft_ms()
         root += self._catch_up_ms() / self._lasting_rounds()
         missed = 1.0 - self._first_chance
@@ -308,7 +326,12 @@ class AutoPolicy(Policy):
         growth = self.now.lookup.value or 0.0
         guess = self._draft_share * (self.now.verify.at(1) or 0.0) + growth
         root = self.now.root.expected(guess)
-        return root, self.now.level.expected(min(root, guess))
+        # the first level is a forward like the others, and more
+        return root, min(root, self.now.level.expected(guess))
+
+    def _levels_ms(self, levels: int) -> float:
+        root, level = self._draft_ms()
+        return root + (levels - 1) * level if levels else 0.0
 
     def children(self, depth):
         self._depth = depth
@@ -323,8 +346,8 @@ class AutoPolicy(Policy):
     def worth_expanding(self, scores):
         if self.now.root.value is None:
             return False  # one level tells what the draft costs
-        if self.draft_first.untold and self._depth + 1 >= _PROBE_LEVELS:
-            return False  # nor is more than a probe spent on a new text
+        if self._exploring and self._depth + 1 >= _PROBE_LEVELS:
+            return False  # nor is more than a probe spent on a trial
         # a draft that is mostly wrong of late is no longer taken at its word
         trust = min(1.0, self.draft_first.hopeful / _TRUSTED) * self.draft_later.value
         expected = self._shared(scores.exp().sum(1).numpy(force=True)) * trust
@@ -372,6 +395,7 @@ class AutoPolicy(Policy):
         if looked and not outcome.draft_levels:
             (now.miss if outcome.tree.lookup is None else now.lookup).add(outcome.draft_ms)
         if outcome.draft_levels:
+            self._learn_draft_gain(outcome)
             self._learn_draft_cost(outcome, looked)
             self._learn_draft(outcome)
         if outcome.draft_levels:
@@ -393,7 +417,8 @@ class AutoPolicy(Policy):
     def _observe_costs(self, outcome: Outcome) -> None:
         verify_ms = outcome.verify_ms - outcome.verify_extra_ms
         overhead_ms = outcome.total_ms - outcome.draft_ms - outcome.verify_ms
-        self.now.verify.add(outcome.num_nodes, verify_ms, outcome.settled)
+        drafted = outcome.draft_levels > 0
+        self.now.verify.add(outcome.num_nodes, verify_ms, outcome.settled, drafted)
         self.now.overhead.add(overhead_ms, outcome.settled)
 
     def _observe_plain(self, outcome: Outcome) -> None:
@@ -436,8 +461,7 @@ class AutoPolicy(Policy):
         verify = self.now.verify.at(num_nodes)
         if verify is None:
             return None
-        root, level = self._draft_ms()
-        draft = root + (levels - 1) * level if levels else 0.0
+        draft = self._levels_ms(levels)
         lookups = (self.now.lookup.value or 0.0) if lookup else 0.0
         return verify + draft + lookups + (self.now.overhead.value or 0.0)
 
@@ -468,6 +492,31 @@ class AutoPolicy(Policy):
         factor = spent / (root + (levels - 1) * level)
         now.root.add(root * factor, outcome.draft_settled)
         now.level.add(level * factor, outcome.draft_settled)
+
+    def _learn_draft_gain(self, outcome: Outcome) -> None:
+        """Rounds of plain decoding that the draft saved, beyond those that lookups would have saved
+        without it; taking in the prompt is no part of it."""
+        now, plain_ms = self.now, self.now.plain_ms
+        looked, rows = outcome.match_lengths is not None, len(outcome.paths)
+        usual = self.predict_round_ms(outcome.num_nodes, outcome.draft_levels, looked)
+        if plain_ms is None or usual is None or now.root.value is None or not outcome.settled:
+            return
+        spent = outcome.total_ms
+        # the shapes of one sequence are soon recorded
+        extra = (outcome.draft_extra_ms, outcome.verify_extra_ms) if rows == 1 else (0.0, 0.0)
+        if self._draft_rounds == 0:
+            spent += self._levels_ms(outcome.draft_levels) - outcome.draft_ms - extra[1]
+        elif outcome.draft_settled:
+            spent -= sum(extra)
+        else:
+            return
+        tokens, alone_ms = np.array([len(path) - 1 for path in outcome.paths]), plain_ms
+        if outcome.tree.lookup is not None:
+            lookup = outcome.tree.lookup.numpy(force=True)
+            tokens -= [lookup[row, path].sum() for row, path in enumerate(outcome.paths)]
+            alone_ms = self.predict_round_ms(self._nodes_alone, 0, True) or plain_ms
+        saved = self._shared(tokens) - (min(spent, 2.0 * usual) - alone_ms) / plain_ms
+        self.draft_gain.add(saved)
 
     def _learn_draft(self, outcome: Outcome) -> None:
         rows = outcome.tree.draft_rows.numpy(force=True)

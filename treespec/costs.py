@@ -105,7 +105,11 @@ class VerifyCosts:
             if size > 1 and count < _SURE:
                 self.times[size] = max(_DOUBT * self.times[size], self.times.get(1, 0.0))
 
-    def add(self, num_nodes: int, milliseconds: float, settled: bool = True) -> None:
+    def add(
+        self, num_nodes: int, milliseconds: float, settled: bool = True, drafted: bool = False
+    ) -> None:
+        """Takes in a verification; one right after a draft's forwards finds other caches than plain
+        decoding does, and does not move the pace."""
         self._answers.clear()
         if not settled:
             self._early[num_nodes] = min(milliseconds, self._early.get(num_nodes, math.inf))
@@ -118,7 +122,8 @@ class VerifyCosts:
         count = self._counts[num_nodes] = self._counts[num_nodes] + 1
         ratio = min(max(milliseconds / usual, 0.7 * self.pace), 1.4 * self.pace)
         # a size that was measured once or twice says little of the pace
-        self.pace += 0.1 * min(count / _SURE, 1.0) * (ratio - self.pace)
+        if not drafted:
+            self.pace += 0.1 * min(count / _SURE, 1.0) * (ratio - self.pace)
         step = max(1.0 / count, 0.05)
         self.times[num_nodes] += step * (usual * ratio / self.pace - usual)
 

@@ -27,7 +27,7 @@ _PROBE_TOLERANCE_16BIT = 0.25
 _REPLAY_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
 _REPLAY_TOLERANCE_16BIT = 0.05
 _MAX_RECORDED_NODES = 64
-# A recording costs about as much as it saves in this many calls.
+# A recording costs about as much as it saves in this many calls, before any was made.
 _CALLS_THAT_PAY = 12
 PREFILL_CHUNK = 256
 _RECURRENT_WORDS = ("mamba", "rwkv", "recurrent", "ssm", "linear_attention", "conv")
@@ -68,8 +68,8 @@ class TreeModel:
         self._recordings: dict[tuple, _Recording] = {}
         self.rounds_ahead: float | None = None
         self.start_round()
-        # what a forward takes longer than its replay; None before any was replayed
-        self._saving_ms: float | None = None
+        # of recordings of one node, and of more
+        self._worth = _Worth(), _Worth()
         self._calls = 0
         self._packed: PackedWeights | None = None
         self._weights = _WeightMarks()
@@ -426,26 +426,31 @@ class TreeModel:
         recording.calls += 1
         if recording.refused:
             return self._eager(tokens, positions)
-        if recording.replay is None and not self._pays(recording):
-            if self._saving_ms is None:
+        if recording.replay is not None and not recording.checks_left:
+            return recording.replay(tokens, positions)
+        worth = self._worth[tokens.numel() > 1]
+        if recording.replay is None and not self._pays(recording, worth.calls_that_pay):
+            if worth.saving_ms is None:
                 self.settled = False
             else:
-                self.unrecorded_ms += self._saving_ms
+                self.unrecorded_ms += worth.saving_ms
             return self._eager(tokens, positions)
-        if recording.replay is None or recording.checks_left:
-            return self._record_or_check(recording, tokens, positions)
-        return recording.replay(tokens, positions)
+        return self._record_or_check(recording, worth, tokens, positions)
 
-    def _pays(self, recording: _Recording) -> bool:
+    def _pays(self, recording: _Recording, calls_that_pay: float) -> bool:
         """Whether a shape is called often enough, by its share of the calls so far, to be worth
         recording."""
         if self.rounds_ahead is None:
             return True
         share = recording.calls / (self._calls + 2)
-        return recording.calls + share * self.rounds_ahead >= _CALLS_THAT_PAY
+        return recording.calls + share * self.rounds_ahead >= calls_that_pay
 
     def _record_or_check(
-        self, recording: _Recording, tokens: torch.Tensor, positions: torch.Tensor
+        self,
+        recording: _Recording,
+        worth: _Worth,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
     ) -> torch.Tensor:
         """The first calls of a shape: record it, then hold the replay against the eager forward
         before trusting it."""
@@ -478,24 +483,42 @@ class TreeModel:
             self.settled = False
             return self._call(tokens, positions)
         replay_ms = 1e3 * (replay_done - eager_done)
-        self.recording_ms += 1e3 * (time.perf_counter() - started) - replay_ms
+        spent_ms = 1e3 * (time.perf_counter() - started) - replay_ms
+        self.recording_ms += spent_ms
+        recording.spent_ms += spent_ms
         if not recorded:
-            self._note_saving(1e3 * (eager_done - started) - replay_ms)
+            worth.note(recording.spent_ms, 1e3 * (eager_done - started) - replay_ms)
         return expected
-
-    def _note_saving(self, milliseconds: float) -> None:
-        saving, known = max(milliseconds, 0.0), self._saving_ms
-        self._saving_ms = saving if known is None else known + 0.5 * (saving - known)
 
 
 class _Recording:
-    """A replay and how far it is trusted."""
+    """A replay, how far it is trusted, and what recording and checking it took."""
 
     def __init__(self) -> None:
         self.replay: Callable[..., torch.Tensor] | None = None
         self.refused = False
         self.checks_left = 2
         self.calls = 0
+        self.spent_ms = 0.0
+
+
+class _Worth:
+    """What recordings of like shapes were worth.
+
+    `saving_ms` is what a forward takes longer than its replay; None before any was replayed.
+    `calls_that_pay` is how many calls make up for a recording.
+    """
+
+    def __init__(self) -> None:
+        self.saving_ms: float | None = None
+        self.calls_that_pay = float(_CALLS_THAT_PAY)
+
+    def note(self, spent_ms: float, saving_ms: float) -> None:
+        """A recording took `spent_ms` so far, and its replay was faster by `saving_ms`."""
+        known = saving_ms if self.saving_ms is None else self.saving_ms
+        self.saving_ms = max(known + 0.5 * (saving_ms - known), 0.0)
+        most = 2.0 * _CALLS_THAT_PAY
+        self.calls_that_pay = min(spent_ms / self.saving_ms, most) if self.saving_ms else most
 
 
 def _spread_error(logits: torch.Tensor, expected: torch.Tensor) -> float:

@@ -24,7 +24,7 @@ from treespec.capture import Step
 
 _LINEAR = torch.ops.aten.linear.default
 # Both ways are timed on a few groups alike: on one alone, caches would hold more than in a forward.
-_TIMED_GROUPS, _PASSES = 3, 8
+_TIMED_GROUPS, _PASSES = 3, 4
 # From so many rows on, products of a type that the CPU cannot multiply are slow beyond doubt.
 _CLEAR_ROWS = 4
 

@@ -14,8 +14,7 @@ class Purse:
     """What may be lost by a source of drafts: a small share of the time lately passed.
 
     Gains make up for losses and little of them is saved up, so what a source is worth in one place
-    cannot be lost in another. A draft in debt is left alone, whatever is expected of it; of lookups
-    only the best matches are used.
+    cannot be lost in another.
     """
 
     def __init__(self) -> None:

@@ -44,6 +44,7 @@ def _settings(arguments: argparse.Namespace, kind: str) -> dict[str, Any]:
         "rows": arguments.rows,
         "tree": arguments.tree,
         "tuned": arguments.tuned,
+        "record_ahead": arguments.record_ahead,
     }
     if kind == "suite":
         settings |= {"temperature": arguments.temperature, "batch": arguments.batch}
@@ -186,7 +187,9 @@ def _measure(arguments: argparse.Namespace, kind: str) -> int:
     acceptance = sized.ACCEPTANCE if pair.simulated else results.OWN_ACCEPTANCE
     about = {"environment": results.environment(), "models": pair.about, "acceptance": acceptance}
     run = results.RunFile.open(path, kind, settings, about)
+    ahead = bool(settings.get("record_ahead"))
     steps = sum(len(g.methods) * (len(g.tasks) + settings["warm_ups"]) for g in groups)
+    steps += sum(method.ours for group in groups for method in group.methods) if ahead else 0
     oracle, limits = methods.make_oracle(pair), (settings["warm_ups"], settings["minutes"])
     try:
         with (
@@ -194,7 +197,7 @@ def _measure(arguments: argparse.Namespace, kind: str) -> int:
             console.progress("measuring", total=steps) as advance,
         ):
             comparison = protocol.Comparison(
-                pair, oracle, run, *limits, lambda note: advance(1, note)
+                pair, oracle, run, *limits, lambda note: advance(1, note), ahead
             )
             comparison.run(groups)
     except protocol.DifferingText as error:
@@ -352,6 +355,11 @@ def _add_common(parser, positive: Callable[[str], int], prompts: str, samples: i
         help="a further shape, as in treespec generate --tree; repeat it for more",
     )
     add("--tuned", action="store_true", help="auto starts from what `treespec tune` kept here")
+    add(
+        "--record-ahead",
+        action="store_true",
+        help="rows of this library call warmup() before their untimed prompts",
+    )
     add("--output", metavar="FILE", help="results file; an unfinished one is gone on with")
     add("--resume", metavar="FILE", help="go on with this file, by the settings it began with")
 

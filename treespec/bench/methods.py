@@ -84,9 +84,11 @@ class Stepwise:
 
     Attributes:
         steps: yields after every round, returns the continuation.
+        record: records the forwards of texts like a task's, before any is written.
     """
 
     steps: Callable[[Task], Generator[Any, None, Continuation]]
+    record: Callable[[Task], None]
 
     def __call__(self, task: Task) -> Continuation:
         walk = self.steps(task)
@@ -338,7 +340,10 @@ def stepwise(spec: TreeSpeculator) -> Stepwise:
         rounds = sum(row.rounds for row in spec.stats.per_row)
         return Continuation(ids[:, task.input_ids.shape[1] :].cpu(), rounds, stats_of(spec.stats))
 
-    return Stepwise(steps)
+    def record(task: Task) -> None:
+        spec.warmup(task.batch, task.input_ids.shape[1] + task.new_tokens)
+
+    return Stepwise(steps, record)
 
 
 def our_method(

@@ -160,6 +160,7 @@ class Comparison:
         warm_ups: untimed tasks of every method before a group's first turn.
         minutes: no turn is begun that would end later; the first turn of a group always is.
         on_step: called with a line on what was done.
+        record_ahead: forwards of our rows are recorded before the warm-ups, not as they occur.
     """
 
     def __init__(
@@ -170,11 +171,13 @@ class Comparison:
         warm_ups: int,
         minutes: float | None,
         on_step: Callable[[str], None],
+        record_ahead: bool = False,
     ) -> None:
         self.pair = pair
         self.run_file = run
         self.warm_ups = warm_ups
         self.on_step = on_step
+        self.record_ahead = record_ahead
         self.clock = Clock(minutes, run.record["elapsed_s"])
         self._oracle = oracle
         self._cut = False
@@ -211,6 +214,8 @@ class Comparison:
         if all(done):
             return
         end = self.clock.elapsed_s + seconds
+        if self.record_ahead:
+            self._record(group)
         self._warm_up(group)
         longest, turns = 0.0, sum(done)
         for task, complete in zip(group.tasks, done):
@@ -230,6 +235,16 @@ class Comparison:
     def _left(self, group: Group) -> list[Method]:
         not_run = self.run_file.record["not_run"]
         return [method for method in group.methods if method.name + group.label not in not_run]
+
+    def _record(self, group: Group) -> None:
+        longest = max(group.tasks, key=lambda task: task.input_ids.shape[1] + task.new_tokens)
+        for method in self._left(group):
+            try:
+                if method.ours and isinstance(method.run, Stepwise):
+                    method.run.record(longest)
+                    self.on_step(f"{method.name}, recorded ahead")
+            except Exception as error:
+                self._leave_out(group, method, longest, error)
 
     def _warm_up(self, group: Group) -> None:
         for task in (group.tasks * self.warm_ups)[: self.warm_ups]:

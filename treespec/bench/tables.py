@@ -84,6 +84,8 @@ def about(record: dict[str, Any]) -> str:
         parts.append(f"draft weights {models['draft_weights']}")
     if settings["tuned"]:
         parts.append("auto starts from the file of `treespec tune`")
+    if settings.get("record_ahead"):
+        parts.append("forwards of this library's rows recorded ahead by warmup()")
     parts.append(f"acceptance: {record['acceptance']}")
     parts.append(
         f"{settings['new_tokens']} new tokens, prompts {settings['prompts']}, "
