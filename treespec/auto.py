@@ -42,15 +42,24 @@ _SHORT_BITS = 8
 _PROBE_LEVELS = 2
 # Rounds of plain decoding that one with a draft is expected to save in texts of a kind that were
 # not seen before.
-_GAIN_PRIOR = 0.3
+_GAIN_PRIOR = 0.45
+# What it must have saved to be asked: near zero half the texts lose.
+_LEAST_GAIN = 0.15
+# No round counts for more, gained or lost.
+_MOST_GAINED = 3.0
 # A draft whose root has the right child this often is taken at its word.
 _TRUSTED = 0.75
+# How often further levels of a draft bring the right token, over how often its probabilities
+# promise it, by level (`benchmarks/auto_rounds.py`); deeper ones are like the last of them.
+_PROMISES = (1.0, 1.0, 0.85, 0.75, 0.75, 0.7)
 # Rounds of a text that are to pay for the draft's taking in its prompt, before it is known how many
 # ask the draft; and what the last text that asked it counts against those before.
 _CATCH_UP_ROUNDS = 10
 _LATEST = 0.5
 # Rounds of plain decoding after one that had no draft and brought one token.
 _REST_ROUNDS = 3
+# Of them where nothing was worth asking, which the next rounds will hardly change.
+_IDLE_ROUNDS = 8
 # A text repeats itself when asking the lookups brings this many tokens: there is no rest in it.
 _REPEATS = 0.7
 # Tokens of a continuation to begin with and at most: one that proved right to its end is followed
@@ -101,11 +110,17 @@ class AutoPolicy(Policy):
         self.lookup_gain = Belief(0.5, 8.0, 0.98)  # tokens a lookup brings when asked
         # the same where it matched so many tokens
         self.match_gain = [Belief(2.0 * prior, 3.0, 0.93) for prior in LOOKUP_PRIOR]
+        # those of them that lie deeper than the draft would have gone
+        self.match_beyond = [Belief(prior, 3.0, 0.93) for prior in LOOKUP_PRIOR]
         # the right child is among those of the root, and of a later node the draft expanded
         self.draft_first, self.draft_later = Belief(0.7), Belief(0.7, 4.0)
         # rounds of plain decoding that a round with the draft saved
         self.draft_gain = Belief(_GAIN_PRIOR, 4.0, 0.95)
         self.ranks = [Belief(chance, 4.0) for chance in (0.5, 0.12, 0.05, 0.03)]
+        # further levels of the draft brought the right token this many times as often as promised;
+        # by level, and what those of this round promised
+        self.kept_promises = [Belief(share, 8.0, 0.97) for share in _PROMISES]
+        self._promises: list[float] = []
         # by kind of text
         self._sharpness: dict[int, float] = {}
         # by kind of text, so that what drafts gain in some is not lost in others
@@ -136,7 +151,9 @@ class AutoPolicy(Policy):
         return [
             *self.lookup_first,
             *self.match_gain,
+            *self.match_beyond,
             *self.ranks,
+            *self.kept_promises,
             self.lookup_gain,
             self.draft_first,
             self.draft_later,
@@ -163,7 +180,8 @@ class AutoPolicy(Policy):
         self._sampled, self._prefill_ms = sampled, prefill_ms
         for belief in self._beliefs():
             belief.begin(self._kind)
-        for belief in (*self.lookup_first, *self.match_gain) if sampled else ():
+        self.draft_gain.hope(self._kind, like=self._kind - 2)
+        for belief in (*self.lookup_first, *self.match_gain, *self.match_beyond) if sampled else ():
             belief.expect_less(_SAMPLED_REPEATS)
         self._draft_rounds = self._rest = 0
         self._look_ahead(0)
@@ -201,6 +219,7 @@ class AutoPolicy(Policy):
             self.draft_gain,
             self.lookup_gain,
             *self.match_gain,
+            *self.match_beyond,
         ):
             belief.age(rounds)
 
@@ -232,13 +251,27 @@ class AutoPolicy(Policy):
         slots = [min(length, len(LOOKUP_PRIOR) - 1) for length in match_lengths]
         gain = self._shared([self.match_gain[slot].value if slot else 0.0 for slot in slots])
         cost = (self.now.lookup.value or 0.0) - (self.now.miss.value or 0.0)
-        if self._pays(gain, cost):
+        if self._pays(gain, cost) and self._better_than_draft(slots, gain, cost):
             alone = len(match_lengths) == 1
             shares = _DEBTS_ALONE if alone else _DEBTS
             in_debt = self._lookup_purse.owes(shares, self._ahead_ms)
             return not in_debt or (alone and self._pays(gain, 2.0 * (cost + self._wider_ms())))
         self._lookup_exploring = True
         return self._lookup_purse.allows(cost)
+
+    def _better_than_draft(self, slots: list[int], gain: float, milliseconds: float) -> bool:
+        """Whether what was looked up pays beside the draft, where that is asked anyway, or instead
+        of it."""
+        if not self.with_model or self.now.root.value is None or not self._draft_gains():
+            return True
+        self._nodes_alone = 1
+        draft = self._draft_value()
+        if draft <= 0.0:
+            return True
+        instead = gain - (self.rate or 0.0) * (milliseconds + self._wider_ms())
+        further = self._shared([self.match_beyond[slot].value if slot else 0.0 for slot in slots])
+        beside = further + (gain - further) * (1.0 - self.draft_first.value)
+        return instead > draft or self._pays(beside, milliseconds)
 
     def lookup_chances(self, match_lengths, length):
         next_right = [0.0, *(belief.value for belief in self.lookup_first[1:])]
@@ -275,7 +308,8 @@ class AutoPolicy(Policy):
     def _draft_gains(self) -> bool:
         """Whether asking the draft has gained anything lately, its taking in of prompts paid."""
         catch_up = self._catch_up_ms() / self._lasting_rounds()
-        return self.draft_gain.value * (self.now.plain_ms or 0.0) > catch_up
+        gained = self.draft_gain.value - _LEAST_GAIN
+        return gained * (self.now.plain_ms or 0.0) > catch_up
 
     def _trial_ms(self) -> float:
         """Of asking the draft for one level and verifying it."""
@@ -334,6 +368,8 @@ class AutoPolicy(Policy):
         return root + (levels - 1) * level if levels else 0.0
 
     def children(self, depth):
+        if depth == 0:
+            self._promises.clear()
         self._depth = depth
         return _CHILDREN
 
@@ -350,8 +386,15 @@ class AutoPolicy(Policy):
             return False  # nor is more than a probe spent on a trial
         # a draft that is mostly wrong of late is no longer taken at its word
         trust = min(1.0, self.draft_first.hopeful / _TRUSTED) * self.draft_later.value
-        expected = self._shared(scores.exp().sum(1).numpy(force=True)) * trust
-        return expected > 0 and self._pays(expected, self._draft_ms()[1])
+        promised = self._shared(scores.exp().sum(1).numpy(force=True)) * trust
+        kept = self.kept_promises[min(self._depth, len(_PROMISES) - 1)]
+        # another level is verified too
+        nodes = 2 + 2 * self._depth
+        wider = (self.now.verify.at(nodes + 2) or 0.0) - (self.now.verify.at(nodes) or 0.0)
+        if promised <= 0 or not self._pays(promised * kept.value, self._draft_ms()[1] + wider):
+            return False
+        self._promises.append(promised)
+        return True
 
     def nodes_to_verify(self, scores):
         count = self._width(scores)
@@ -400,15 +443,24 @@ class AutoPolicy(Policy):
             self._learn_draft(outcome)
         if outcome.draft_levels:
             self._draft_purse.pay(lost, self._exploring)
+            if outcome.tree.lookup is not None:
+                self._lookup_purse.pay(self._lost_beside(outcome), self._lookup_exploring)
         elif looked:
             self._lookup_purse.pay(lost, self._lookup_exploring)
         self._lookup_exploring = False
         if not outcome.draft_levels and outcome.new_tokens == len(outcome.paths):
             # asking costs a share of a short round, and what did not help is not likely to do so
             # one token later
-            self._rest = _REST_ROUNDS if self.lookup_gain.value < _REPEATS else 0
+            rest = _REST_ROUNDS if looked else _IDLE_ROUNDS
+            self._rest = rest if self.lookup_gain.value < _REPEATS else 0
         drafted = "draft" if outcome.draft_levels else "lookup" if outcome.num_nodes > 1 else ""
         self._rounds[drafted or "plain"] += 1
+
+    def _lost_beside(self, outcome: Outcome) -> float:
+        """Milliseconds that lookups took beside the draft, less what their tokens beyond its reach
+        are worth."""
+        further = [max(kept - outcome.draft_levels, 0) for kept in self._brought(outcome)]
+        return (self.now.lookup.value or 0.0) - self._shared(further) / (self.rate or 1.0)
 
     def _take_time(self, outcome: Outcome) -> None:
         self._unheard += 1
@@ -516,9 +568,12 @@ class AutoPolicy(Policy):
             tokens -= [lookup[row, path].sum() for row, path in enumerate(outcome.paths)]
             alone_ms = self.predict_round_ms(self._nodes_alone, 0, True) or plain_ms
         saved = self._shared(tokens) - (min(spent, 2.0 * usual) - alone_ms) / plain_ms
-        self.draft_gain.add(saved)
+        self.draft_gain.add(min(max(saved, -_MOST_GAINED), _MOST_GAINED))
 
     def _learn_draft(self, outcome: Outcome) -> None:
+        for level, promised in enumerate(self._promises):
+            reached = self._shared([float(len(path) > level + 2) for path in outcome.paths])
+            self.kept_promises[min(level, len(_PROMISES) - 1)].add(reached / promised)
         rows = outcome.tree.draft_rows.numpy(force=True)
         parents = outcome.tree.parents.numpy(force=True)
         scores = outcome.tree.scores.numpy(force=True)
@@ -548,16 +603,13 @@ class AutoPolicy(Policy):
             return
         lookup = outcome.tree.lookup.numpy(force=True)
         parents = outcome.tree.parents.numpy(force=True)
-        brought = [0] * len(outcome.paths)
-        for row, path in enumerate(outcome.paths):
-            kept = 0
-            while kept + 1 < len(path) and lookup[row, path[kept + 1]]:
-                kept += 1
-            brought[row] = kept
+        brought = self._brought(outcome)
+        for row, (path, kept) in enumerate(zip(outcome.paths, brought)):
             slot = min(outcome.match_lengths[row], len(LOOKUP_PRIOR) - 1)
             if slot == 0:
                 continue
             self.match_gain[slot].add(kept)
+            self.match_beyond[slot].add(max(kept - self._best_levels, 0))
             offered = set(parents[row][lookup[row]].tolist())
             for right, node in enumerate(path[: kept + 1]):
                 if node not in offered:
@@ -566,6 +618,18 @@ class AutoPolicy(Policy):
                 self.lookup_first[length].add(float(node != path[kept]))
         self.lookup_gain.add(self._shared(brought))
         self._look_ahead(max(brought))
+
+    @staticmethod
+    def _brought(outcome: Outcome) -> list[int]:
+        """Tokens of every row's path that lookups proposed, up to the first that they did not."""
+        assert outcome.tree.lookup is not None
+        brought, lookup = [], outcome.tree.lookup.numpy(force=True)
+        for row, path in enumerate(outcome.paths):
+            kept = 0
+            while kept + 1 < len(path) and lookup[row, path[kept + 1]]:
+                kept += 1
+            brought.append(kept)
+        return brought
 
     def _look_ahead(self, brought: int) -> None:
         """Chooses the length of the next continuation by how much of the last one was right."""

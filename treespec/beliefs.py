@@ -6,6 +6,10 @@ from __future__ import annotations
 _HOPE = 0.5
 # Samples that a prior counts for.
 _PRIOR_COUNT = 3.0
+# The part of what is missing to its prior that a belief regains with every text.
+_FORGIVEN = 0.1
+# Rounds after which what a text told counts among the earlier texts too.
+_LONG_AGO = 60
 
 
 class Belief:
@@ -27,17 +31,38 @@ class Belief:
         """A new text begins; texts of another kind tell nothing of it."""
         self._long = self._kinds.setdefault(kind, [_PRIOR_COUNT * self._prior, _PRIOR_COUNT])
         self._sum = self._count = 0.0
+        self._look_back()
+
+    def _look_back(self) -> None:
+        """Takes what this text told so far for a part of what is known of its kind."""
+        self._earlier, self._since = self._long[0] / self._long[1], 0
+
+    def hope(self, kind: int, like: int) -> None:
+        """At the beginning of a text: what was believed to be less than the prior is forgiven in
+        time, and a kind of which nothing is known is taken to be half like another one."""
+        mean = self._long[0] / self._long[1]
+        if self._long[1] == _PRIOR_COUNT and like in self._kinds:
+            total, count = self._kinds[like]
+            mean = 0.5 * (self._prior + total / count)
+        elif mean < self._prior:
+            mean += _FORGIVEN * (self._prior - mean)
+        self._long[0] = mean * self._long[1]
+        self._look_back()
 
     def expect_less(self, share: float) -> None:
         """Lowers what is believed of this kind of text, if none of it was seen yet."""
         if self._long[1] == _PRIOR_COUNT and self.untold:
             self._long[0] = share * self._prior * _PRIOR_COUNT
+            self._look_back()
 
     def age(self, rounds: int = 1) -> None:
         """Rounds have passed; what the text told is a little staler."""
         memory = 0.98**rounds
         self._sum *= memory
         self._count *= memory
+        self._since += rounds
+        if self._since > _LONG_AGO:
+            self._look_back()
 
     def add(self, value: float) -> None:
         # the many samples of a text that suits the draft must not drown out those that do not
@@ -49,8 +74,7 @@ class Belief:
 
     @property
     def value(self) -> float:
-        earlier = self._long[0] / self._long[1]
-        return (self._weight * earlier + self._sum) / (self._weight + self._count)
+        return (self._weight * self._earlier + self._sum) / (self._weight + self._count)
 
     @property
     def untold(self) -> bool:

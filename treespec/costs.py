@@ -19,6 +19,8 @@ _PLAIN_ROUNDS = 12
 _NODE_SHARE = 0.03
 # Measurements of a size after which it tells the pace of all.
 _SURE = 10
+# Measurements of a cost of which the smallest counts: the first ones find cold code.
+_FEW = 3
 # What a cost that is not sure is taken for when a text begins, as a share of what it was: one
 # measured in a busy moment would never be measured again.
 _DOUBT = 0.9
@@ -57,25 +59,28 @@ class RunningTime:
 
     def __init__(self, milliseconds: float | None = None) -> None:
         self.value = milliseconds
-        self._settled = milliseconds is not None
+        # settled measurements
+        self._count = 0 if milliseconds is None else _FEW
 
     def add(self, milliseconds: float, settled: bool = True) -> None:
         """Takes in a measurement; one that is not settled counts only until there is a better."""
-        if self.value is None or (settled and not self._settled):
-            self.value, self._settled = milliseconds, settled
-        elif settled:
+        first = self.value is None or (settled and self._count == 0)
+        self._count += settled
+        if self.value is None or first:
+            self.value = milliseconds
+        elif settled and self._count > _FEW:
             # a preempted process can be off by any factor; clipped, the mean is nearly the median
             clipped = min(max(milliseconds, 0.7 * self.value), 1.4 * self.value)
             self.value += 0.1 * (clipped - self.value)
-        elif not self._settled:
+        elif settled or self._count == 0:
             self.value = min(self.value, milliseconds)
 
     def expected(self, guess: float) -> float:
-        """The cost; a guess before there is a measurement, and where only one that is not settled
-        says more."""
+        """The cost; a guess before there is a measurement, and where only few or unsettled ones say
+        more."""
         if self.value is None:
             return guess
-        return self.value if self._settled else min(self.value, guess)
+        return self.value if self._count >= _FEW else min(self.value, guess)
 
 
 class VerifyCosts:
@@ -102,8 +107,9 @@ class VerifyCosts:
         """A new text begins, for which times measured a few times only are doubted."""
         self._answers.clear()
         for size, count in self._counts.items():
-            if size > 1 and count < _SURE:
-                self.times[size] = max(_DOUBT * self.times[size], self.times.get(1, 0.0))
+            if size > 1 and count < _SURE and 1 in self.times:
+                usual, least = self.times[size], self.times[1] * self._prior(size) / self._prior(1)
+                self.times[size] = max(_DOUBT * usual, min(usual, least), self.times[1])
 
     def add(
         self, num_nodes: int, milliseconds: float, settled: bool = True, drafted: bool = False
