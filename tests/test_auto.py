@@ -767,6 +767,22 @@ def test_no_round_counts_for_more_than_a_few_of_plain_decoding():
     assert gain_of(a_drafted_round(0, **slow)) == -3.0
 
 
+def test_a_draft_goes_on_where_what_was_looked_up_is_likely_to_end():
+    """Of several levels, those count that a lookup hardly reaches."""
+    worth = []
+    for later_right in (0.9, 0.1):
+        policy = tuned()
+        policy.begin(40, False)
+        policy.begin_round([500])
+        policy.draft_first = policy.draft_later = Belief(0.95)
+        policy.lookup_first = [Belief(share) for share in (0.0, 0.5, *[later_right] * 7)]
+        policy.lookup_chances([1], 20)
+        worth.append(policy._draft_value())
+    assert worth[1] > worth[0] + 0.3
+    policy.wants_lookup()
+    assert policy._draft_value() > worth[1], "nothing was looked up yet"
+
+
 def test_a_draft_that_gains_next_to_nothing_is_not_asked():
     policy, nothing = tuned(), torch.zeros(1, 0)
     policy.begin(40, False)

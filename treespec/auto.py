@@ -71,6 +71,9 @@ _SAMPLED_REPEATS = 0.5
 # expected to pay. What those of one sequence lose they make up for in the next that repeats itself.
 _DEBTS = (0.01, 0.015)
 _DEBTS_ALONE = (math.inf, 0.02)
+# Levels for which a draft is valued, and the chances of lookups that found nothing.
+_LEVELS_VALUED = 6
+_NOTHING = [0.0] * _LEVELS_VALUED
 # The shares of one sequence.
 _ALONE = np.ones(1)
 
@@ -131,7 +134,9 @@ class AutoPolicy(Policy):
         self._exploring = self._lookup_exploring = False
         self._draft_rounds = 0
         self._depth, self._best_levels = 0, 2
-        self._first_chance, self._kind, self._sampled = 0.0, 0, False
+        self._kind, self._sampled = 0, False
+        # chances that what was looked up this round is right up to each of the first levels
+        self._looked_up = _NOTHING
         self._prefill_ms = 0.0
         # rounds of plain decoding still to come unasked, and those that were
         self._rest = 0
@@ -238,7 +243,7 @@ class AutoPolicy(Policy):
         return self.rate is None or tokens > self.rate * milliseconds
 
     def wants_lookup(self):
-        self._first_chance = 0.0
+        self._looked_up = _NOTHING
         if self.lookup_length == 0:
             return False
         cost = self.now.miss.value or 0.0
@@ -276,7 +281,8 @@ class AutoPolicy(Policy):
     def lookup_chances(self, match_lengths, length):
         next_right = [0.0, *(belief.value for belief in self.lookup_first[1:])]
         chances = running_chances(next_right, match_lengths, length)
-        self._first_chance = min(1.0, self._shared(chances[:, 0]))
+        reach = (self._shares @ chances[:, :_LEVELS_VALUED]).tolist()
+        self._looked_up = [*reach, *_NOTHING[len(reach) :]]
         return chances
 
     def sharpness(self, picker):
@@ -330,11 +336,10 @@ class AutoPolicy(Policy):
 
         root, level = self._draft_ms()
         root += self._catch_up_ms() / self._lasting_rounds()
-        missed = 1.0 - self._first_chance
         chance, later = self.draft_first.hopeful, self.draft_later.hopeful
         best, tokens, narrow = -math.inf, 0.0, verify(alone)
-        for levels in range(1, 7):
-            tokens += missed * chance
+        for levels, looked_up in enumerate(self._looked_up, 1):
+            tokens += (1.0 - looked_up) * chance
             chance *= later
             wider = verify(max(alone, 2 + 2 * levels)) - narrow
             value = tokens - rate * (root + (levels - 1) * level + wider)
