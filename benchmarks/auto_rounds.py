@@ -3,7 +3,8 @@
     python benchmarks/auto_rounds.py --dtype bfloat16 --temperature 1 --samples 2
 
 Both write the same texts side by side. A kind of round gains the time that plain decoding would
-have taken for its tokens, less its own, as a share of all of auto's time.
+have taken for its tokens, less its own, as a share of all of auto's time. Of the draft's further
+levels it prints how often their probabilities promised the right token and how often they had it.
 """
 
 from __future__ import annotations
@@ -54,6 +55,25 @@ def kind_of(outcome: Outcome) -> str:
     return kind + (", unrecorded" if unrecorded or not outcome.settled else "")
 
 
+def watch_promises(spec: TreeSpeculator) -> dict[int, list[float]]:
+    """By draft level, from here on: levels, what they promised, those that had the right token."""
+    levels: dict[int, list[float]] = defaultdict(lambda: [0, 0.0, 0])
+    policy = spec._policy
+    learn = policy._learn_draft
+
+    def learned(outcome: Outcome) -> None:
+        for level, promised in enumerate(policy._promises, 2):
+            for path in outcome.paths:
+                counted = levels[level]
+                counted[0] += 1
+                counted[1] += promised
+                counted[2] += len(path) > level
+        learn(outcome)
+
+    policy._learn_draft = learned
+    return levels
+
+
 def watch(spec: TreeSpeculator) -> dict[str, Kind]:
     """Adds up a speculator's rounds from here on."""
     kinds: dict[str, Kind] = defaultdict(Kind)
@@ -87,6 +107,7 @@ def main() -> int:
     for task in tasks[:_WARM_UPS]:
         list(timed(methods, task))
     plain, auto = (watch(specs[name]) for name in ("plain", "auto"))
+    promises = watch_promises(specs["auto"])
     seconds: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     same = 0
     for task in tasks:
@@ -113,6 +134,10 @@ def main() -> int:
             f"{kind.levels / n:6.1f} {kind.nodes / n:5.1f} {kind.milliseconds / total:7.1%} "
             f"{gain:+6.1%}"
         )
+    if promises:
+        print("draft level   count promised   kept")
+    for level, (count, promised, kept) in sorted(promises.items()):
+        print(f"{level:11} {count:7} {promised / count:8.2f} {kept / count:6.2f}")
     return 0
 
 

@@ -642,18 +642,18 @@ def test_what_is_believed_to_be_little_is_forgiven_with_time():
         belief.add(-1.0)
     belief.begin(0)
     low = belief.value
-    belief.hope(0, like=5)
+    belief.hope(like=5)
     after_one = belief.value
     assert low < after_one < 0.0
     for _ in range(60):
         belief.begin(0)
-        belief.hope(0, like=5)
+        belief.hope(like=5)
     assert belief.value == pytest.approx(0.5, abs=0.05)
     much = Belief(0.5)
     much.add(3.0)
     much.begin(0)
     before = much.value
-    much.hope(0, like=5)
+    much.hope(like=5)
     assert much.value == before > 0.5
 
 
@@ -664,10 +664,10 @@ def test_an_unknown_kind_of_text_is_half_like_its_neighbour():
         belief.add(2.5)
     near = belief._long[0] / belief._long[1]
     belief.begin(19)
-    belief.hope(19, like=17)
+    belief.hope(like=17)
     assert belief.value == pytest.approx(0.5 * (0.5 + near))
     belief.begin(23)
-    belief.hope(23, like=21)
+    belief.hope(like=21)
     assert belief.value == 0.5
 
 

@@ -185,7 +185,7 @@ class AutoPolicy(Policy):
         self._sampled, self._prefill_ms = sampled, prefill_ms
         for belief in self._beliefs():
             belief.begin(self._kind)
-        self.draft_gain.hope(self._kind, like=self._kind - 2)
+        self.draft_gain.hope(like=self._kind - 2)
         for belief in (*self.lookup_first, *self.match_gain, *self.match_beyond) if sampled else ():
             belief.expect_less(_SAMPLED_REPEATS)
         self._draft_rounds = self._rest = 0
@@ -254,7 +254,7 @@ class AutoPolicy(Policy):
         if max(match_lengths) == 0:
             return False
         slots = [min(length, len(LOOKUP_PRIOR) - 1) for length in match_lengths]
-        gain = self._shared([self.match_gain[slot].value if slot else 0.0 for slot in slots])
+        gain = self._brings(self.match_gain, slots)
         cost = (self.now.lookup.value or 0.0) - (self.now.miss.value or 0.0)
         if self._pays(gain, cost) and self._better_than_draft(slots, gain, cost):
             alone = len(match_lengths) == 1
@@ -263,6 +263,10 @@ class AutoPolicy(Policy):
             return not in_debt or (alone and self._pays(gain, 2.0 * (cost + self._wider_ms())))
         self._lookup_exploring = True
         return self._lookup_purse.allows(cost)
+
+    def _brings(self, beliefs: list[Belief], slots: list[int]) -> float:
+        """Tokens that matches of these lengths are believed to bring."""
+        return self._shared([beliefs[slot].value if slot else 0.0 for slot in slots])
 
     def _better_than_draft(self, slots: list[int], gain: float, milliseconds: float) -> bool:
         """Whether what was looked up pays beside the draft, where that is asked anyway, or instead
@@ -274,7 +278,7 @@ class AutoPolicy(Policy):
         if draft <= 0.0:
             return True
         instead = gain - (self.rate or 0.0) * (milliseconds + self._wider_ms())
-        further = self._shared([self.match_beyond[slot].value if slot else 0.0 for slot in slots])
+        further = self._brings(self.match_beyond, slots)
         beside = further + (gain - further) * (1.0 - self.draft_first.value)
         return instead > draft or self._pays(beside, milliseconds)
 

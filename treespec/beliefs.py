@@ -37,7 +37,7 @@ class Belief:
         """Takes what this text told so far for a part of what is known of its kind."""
         self._earlier, self._since = self._long[0] / self._long[1], 0
 
-    def hope(self, kind: int, like: int) -> None:
+    def hope(self, like: int) -> None:
         """At the beginning of a text: what was believed to be less than the prior is forgiven in
         time, and a kind of which nothing is known is taken to be half like another one."""
         mean = self._long[0] / self._long[1]
