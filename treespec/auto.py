@@ -395,7 +395,8 @@ class AutoPolicy(Policy):
             return False  # nor is more than a probe spent on a trial
         # a draft that is mostly wrong of late is no longer taken at its word
         trust = min(1.0, self.draft_first.hopeful / _TRUSTED) * self.draft_later.value
-        promised = self._shared(scores.exp().sum(1).numpy(force=True)) * trust
+        reached = [sum(map(math.exp, row)) for row in scores.tolist()]
+        promised = self._shared(reached) * trust
         kept = self.kept_promises[min(self._depth, len(_PROMISES) - 1)]
         # another level is verified too
         nodes = 2 + 2 * self._depth
@@ -583,27 +584,36 @@ class AutoPolicy(Policy):
         for level, promised in enumerate(self._promises):
             reached = self._shared([float(len(path) > level + 2) for path in outcome.paths])
             self.kept_promises[min(level, len(_PROMISES) - 1)].add(reached / promised)
-        rows = outcome.tree.draft_rows.numpy(force=True)
-        parents = outcome.tree.parents.numpy(force=True)
-        scores = outcome.tree.scores.numpy(force=True)
+        # plain lists: a tree is small, and every call of numpy would find cold code
+        tree = outcome.tree
+        expanded, parents, scores = (
+            values.tolist() for values in (tree.draft_rows, tree.parents, tree.scores)
+        )
         for row, path in enumerate(outcome.paths):
+            children: dict[int, list[int]] = {}
+            for node, parent in enumerate(parents[row]):
+                children.setdefault(parent, []).append(node)
             for node, following in zip(path, [*path[1:], None]):
-                if rows[row, node] < 0:
+                if expanded[row][node] < 0:
                     break
-                children = np.flatnonzero(parents[row] == node)
-                if node == 0 and len(children) == 0:
+                own = children.get(node, [])
+                if node == 0 and not own:
                     break  # none was verified, which tells nothing
-                ordered = children[np.argsort(-scores[row, children], kind="stable")].tolist()
-                rank = ordered.index(following) if following is not None else -1
-                for place, belief in enumerate(self.ranks):
-                    belief.add(float(place == rank))
-                hit = float(following is not None)
-                (self.draft_first if node == 0 else self.draft_later).add(hit)
-                expected = float(np.exp(scores[row, children] - scores[row, node]).sum())
-                factor = self._sharpness_of(self._sampled) * math.exp(
-                    0.05 * (hit - min(expected, 1.0))
-                )
-                self._sharpness[self._kind] = min(max(factor, 0.5), 6.0)
+                self._learn_children(own, following, scores[row], node)
+
+    def _learn_children(
+        self, children: list[int], following: int | None, scores: list[float], node: int
+    ) -> None:
+        """Which child of a node that the draft expanded was right, if any."""
+        ordered = sorted(children, key=lambda child: -scores[child])
+        rank = ordered.index(following) if following is not None else -1
+        for place, belief in enumerate(self.ranks):
+            belief.add(float(place == rank))
+        hit = float(following is not None)
+        (self.draft_first if node == 0 else self.draft_later).add(hit)
+        expected = sum(math.exp(scores[child] - scores[node]) for child in children)
+        factor = self._sharpness_of(self._sampled) * math.exp(0.05 * (hit - min(expected, 1.0)))
+        self._sharpness[self._kind] = min(max(factor, 0.5), 6.0)
 
     def _learn_lookup(self, outcome: Outcome) -> None:
         assert outcome.match_lengths is not None
