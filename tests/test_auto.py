@@ -830,12 +830,15 @@ def test_promises_are_held_against_the_path():
     policy.kept_promises = [SimpleNamespace(add=samples.append) for samples in told]
     first, second = policy._promises
     tree = SimpleNamespace(
-        draft_rows=torch.zeros(1, 1, dtype=torch.long),
-        parents=torch.full((1, 1), -1),
-        scores=torch.zeros(1, 1),
+        draft_rows=torch.tensor([[0, 1, -1, 2, -1]]),
+        parents=torch.tensor([[-1, 0, 0, 1, 3]]),
+        scores=torch.zeros(1, 5),
     )
     policy._learn_draft(SimpleNamespace(tree=tree, paths=[[0, 1, 3]]))
     assert told[0] == [1.0 / first] and told[1] == [0.0 / second] and not any(told[2:])
+    # no child of node 2 was verified, so nothing is known of what would have followed it
+    policy._learn_draft(SimpleNamespace(tree=tree, paths=[[0, 2]]))
+    assert len(told[0]) == 1 and len(told[1]) == 1
     policy.children(0)
     assert policy._promises == [], "every round makes its own"
 
@@ -987,6 +990,12 @@ def test_a_root_of_which_no_child_was_verified_is_no_miss():
     )
     policy._learn_draft(SimpleNamespace(tree=verified, paths=[[0]]))
     assert policy.draft_first.value < before
+    later = policy.draft_later.value
+    deeper = SimpleNamespace(
+        draft_rows=torch.tensor([[0, 1]]), parents=verified.parents, scores=verified.scores
+    )
+    policy._learn_draft(SimpleNamespace(tree=deeper, paths=[[0, 1]]))
+    assert policy.draft_later.value == later, "nor does a later node without one"
 
 
 def test_a_further_level_is_guessed_by_the_drafts_size_until_it_is_known():

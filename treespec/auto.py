@@ -581,9 +581,6 @@ class AutoPolicy(Policy):
         self.draft_gain.add(min(max(saved, -_MOST_GAINED), _MOST_GAINED))
 
     def _learn_draft(self, outcome: Outcome) -> None:
-        for level, promised in enumerate(self._promises):
-            reached = self._shared([float(len(path) > level + 2) for path in outcome.paths])
-            self.kept_promises[min(level, len(_PROMISES) - 1)].add(reached / promised)
         # plain lists: a tree is small, and every call of numpy would find cold code
         tree = outcome.tree
         expanded, parents, scores = (
@@ -593,13 +590,19 @@ class AutoPolicy(Policy):
             children: dict[int, list[int]] = {}
             for node, parent in enumerate(parents[row]):
                 children.setdefault(parent, []).append(node)
+            self._learn_promises(len(path), cut_off=path[-1] not in children)
             for node, following in zip(path, [*path[1:], None]):
-                if expanded[row][node] < 0:
-                    break
-                own = children.get(node, [])
-                if node == 0 and not own:
-                    break  # none was verified, which tells nothing
-                self._learn_children(own, following, scores[row], node)
+                if expanded[row][node] < 0 or node not in children:
+                    break  # where no child was verified, that tells nothing
+                self._learn_children(children[node], following, scores[row], node)
+
+    def _learn_promises(self, length: int, cut_off: bool) -> None:
+        """Which levels of this round had the right token; of those that were cut off when nodes to
+        verify were chosen it is not known."""
+        for level, promised in enumerate(self._promises):
+            kept = length > level + 2
+            if kept or not cut_off:
+                self.kept_promises[min(level, len(_PROMISES) - 1)].add(kept / promised)
 
     def _learn_children(
         self, children: list[int], following: int | None, scores: list[float], node: int
