@@ -281,6 +281,20 @@ def test_the_first_of_a_few_measurements_may_find_cold_code():
     assert time.value == time.expected(3.0) == 4.0
 
 
+def test_rounds_of_different_depth_tell_the_first_level_of_a_draft_from_further_ones():
+    generator = torch.Generator().manual_seed(0)
+    depths = (2 + torch.randint(0, 4, (300,), generator=generator)).tolist()
+    for believed in ((2.0, 2.0), (0.5, 3.0)):
+        costs = MeasuredCosts(1, RoundCosts({1: 4.0}, believed[0], {4: believed[1]}, 0.5, 0.3))
+        for at, levels in enumerate(depths):
+            busy = 40.0 if at % 50 == 49 else 0.0
+            costs.add_levels(levels, 1.6 + (levels - 1) * 1.1 + busy, True)
+        assert costs.root.value == pytest.approx(1.6, rel=0.2)
+        assert costs.level.value == pytest.approx(1.1, rel=0.15)
+        costs.add_levels(3, 500.0, settled=False)
+        assert costs.level.value < 1.3
+
+
 def test_verification_costs_between_beyond_and_before():
     costs = VerifyCosts(1)
     assert costs.at(8) is None
@@ -629,6 +643,15 @@ def test_what_a_text_told_goes_stale_and_later_counts_among_earlier_texts():
     assert before < belief.value < 0.8 * stale
 
 
+def test_a_kind_of_text_is_hardly_known_after_a_few_samples():
+    belief = Belief(0.5)
+    known = []
+    for _ in range(6):
+        known.append(not belief.hardly_known)
+        belief.add(0.0)
+    assert known == sorted(known) and not known[2] and known[5]
+
+
 def test_one_sample_does_not_count_twice():
     """What a text tells is held against the texts before it, not against itself."""
     belief = Belief(1.0, weight=4.0)
@@ -791,6 +814,18 @@ def test_a_draft_that_gains_next_to_nothing_is_not_asked():
     assert not policy.wants_draft(nothing)
     policy.draft_gain._earlier = 0.2
     assert policy.wants_draft(nothing)
+
+
+def test_one_unlucky_round_is_not_the_last_of_a_draft():
+    policy, nothing = tuned(), torch.zeros(1, 0)
+    policy.begin(40, False)
+    policy.begin_round([500])
+    policy._draft_rounds = 1
+    policy.draft_gain.add(-3.0)
+    assert policy.wants_draft(nothing)
+    for _ in range(5):
+        policy.draft_gain.add(-1.0)
+    assert not policy.wants_draft(nothing)
 
 
 def expands(policy: AutoPolicy, depth: int, score: float) -> bool:

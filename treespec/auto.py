@@ -317,6 +317,8 @@ class AutoPolicy(Policy):
 
     def _draft_gains(self) -> bool:
         """Whether asking the draft has gained anything lately, its taking in of prompts paid."""
+        if self.draft_gain.hardly_known and self._draft_rounds:
+            return True
         catch_up = self._catch_up_ms() / self._lasting_rounds()
         gained = self.draft_gain.value - _LEAST_GAIN
         return gained * (self.now.plain_ms or 0.0) > catch_up
@@ -542,18 +544,7 @@ class AutoPolicy(Policy):
         spent = outcome.draft_ms - outcome.draft_extra_ms
         spent -= (lookup.value or 0.0) if looked else 0.0
         spent = max(spent, 0.1 * outcome.draft_ms)
-        if levels == 1 or now.root.value is None or now.level.value is None:
-            now.root.add(spent / levels, outcome.draft_settled)
-        if levels == 1:
-            return
-        if now.level.value is None:
-            now.level.add(spent / levels, outcome.draft_settled)
-            return
-        # only rounds of one level tell the two apart; all others move both alike
-        root, level = now.root.value or 0.0, now.level.value
-        factor = spent / (root + (levels - 1) * level)
-        now.root.add(root * factor, outcome.draft_settled)
-        now.level.add(level * factor, outcome.draft_settled)
+        now.add_levels(levels, spent, outcome.draft_settled)
 
     def _learn_draft_gain(self, outcome: Outcome) -> None:
         """Rounds of plain decoding that the draft saved, beyond those that lookups would have saved

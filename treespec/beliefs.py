@@ -6,7 +6,7 @@ from __future__ import annotations
 _HOPE = 0.5
 # Samples that a prior counts for.
 _PRIOR_COUNT = 3.0
-# The part of what is missing to its prior that a belief regains with every text.
+# The part of what is missing to its prior that a belief regains with every text, at least.
 _FORGIVEN = 0.1
 # Rounds after which what a text told counts among the earlier texts too.
 _LONG_AGO = 60
@@ -45,7 +45,8 @@ class Belief:
             total, count = self._kinds[like]
             mean = 0.5 * (self._prior + total / count)
         elif mean < self._prior:
-            mean += _FORGIVEN * (self._prior - mean)
+            # the less is known, the sooner
+            mean += max(_FORGIVEN, 1.0 / self._long[1]) * (self._prior - mean)
         self._long[0] = mean * self._long[1]
         self._look_back()
 
@@ -75,6 +76,11 @@ class Belief:
     @property
     def value(self) -> float:
         return (self._weight * self._earlier + self._sum) / (self._weight + self._count)
+
+    @property
+    def hardly_known(self) -> bool:
+        """Whether this kind of text has told no more than chance may have."""
+        return self._long[1] < _PRIOR_COUNT + 2.0
 
     @property
     def untold(self) -> bool:

@@ -19,6 +19,8 @@ _PLAIN_ROUNDS = 12
 _NODE_SHARE = 0.03
 # Measurements of a size after which it tells the pace of all.
 _SURE = 10
+# The part of an error that is corrected at once, of what draft levels cost.
+_LEVELS_STEP = 0.2
 # Measurements of a cost of which the smallest counts: the first ones find cold code.
 _FEW = 3
 # What a cost that is not sure is taken for when a text begins, as a share of what it was: one
@@ -75,12 +77,17 @@ class RunningTime:
         elif settled or self._count == 0:
             self.value = min(self.value, milliseconds)
 
+    @property
+    def sure(self) -> bool:
+        """Whether it was measured often enough to be believed."""
+        return self._count >= _FEW
+
     def expected(self, guess: float) -> float:
         """The cost; a guess before there is a measurement, and where only few or unsettled ones say
         more."""
         if self.value is None:
             return guess
-        return self.value if self._count >= _FEW else min(self.value, guess)
+        return self.value if self.sure else min(self.value, guess)
 
 
 class VerifyCosts:
@@ -231,6 +238,25 @@ class MeasuredCosts:
         running = self.tokens / self.milliseconds if self.milliseconds > 0 else 0.0
         plain = 1.0 / self.plain_ms if self.plain_ms else 0.0
         return max(running, plain) or None
+
+    def add_levels(self, levels: int, milliseconds: float, settled: bool) -> None:
+        """Takes in what so many draft levels took together.
+
+        Rounds of different depth tell the first level from further ones, so once both are known
+        every round corrects them by their part in it (normalised least mean squares).
+        """
+        root, level, further = self.root.value, self.level.value, levels - 1
+        if root is None or level is None or not (self.root.sure and self.level.sure):
+            self.root.add(milliseconds / levels, settled)
+            if further:
+                self.level.add(milliseconds / levels, settled)
+        elif settled:
+            expected = root + further * level
+            missing = min(max(milliseconds - expected, -0.4 * expected), 0.4 * expected)
+            step = _LEVELS_STEP * missing / (1 + further * further)
+            least = 0.1 * expected / levels
+            self.root.value = max(root + step, least)
+            self.level.value = max(level + further * step, least)
 
     def add_rate(self, tokens: float, milliseconds: float) -> None:
         self._rounds += 1
