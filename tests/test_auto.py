@@ -913,6 +913,37 @@ def test_lookups_beside_a_draft_are_charged_to_their_own_purse():
         assert lost == pytest.approx(1.3 - further / policy.rate)
 
 
+def test_tokens_that_the_draft_would_have_had_too_are_not_beyond_it():
+    tree = SimpleNamespace(
+        lookup=torch.tensor([[False, *[True] * 6]]), parents=torch.arange(-1, 6).unsqueeze(0)
+    )
+    policy = tuned()
+    policy.begin_round([500])
+    policy._best_levels, told = 3, []
+    policy.match_beyond[4] = SimpleNamespace(add=told.append)
+    for kept in (2, 5):
+        policy._learn_lookup(a_drafted_round(kept, tree=tree, match_lengths=[4]))
+    assert told == [0, 2]
+
+
+def test_what_a_draft_gained_in_shorter_texts_is_half_believed_of_longer_ones():
+    policy = tuned()
+    policy.begin(200, False)
+    for _ in range(30):
+        policy.draft_gain.add(2.5)
+    policy.begin(300, False)
+    assert policy.draft_gain.value > 1.0
+
+
+def test_what_rounds_of_a_draft_take_moves_what_its_levels_are_believed_to_take():
+    policy = tuned()
+    policy.begin_round([500])
+    before = policy._draft_ms()
+    for _ in range(20):
+        policy._learn_draft_cost(a_drafted_round(1, draft_levels=3, draft_ms=9.0), looked=False)
+    assert policy._draft_ms() > before
+
+
 def test_rest_is_longer_where_nothing_was_worth_asking():
     rests = []
     for looked in (None, [0]):
