@@ -56,21 +56,23 @@ def kind_of(outcome: Outcome) -> str:
 
 
 def watch_promises(spec: TreeSpeculator) -> dict[int, list[float]]:
-    """By draft level, from here on: levels, what they promised, those that had the right token."""
+    """By draft level, from here on: levels, what they promised, those that had the right token;
+    without those that were cut off when the nodes to verify were chosen."""
     levels: dict[int, list[float]] = defaultdict(lambda: [0, 0.0, 0])
     policy = spec._policy
-    learn = policy._learn_draft
+    learn = policy._learn_promises
 
-    def learned(outcome: Outcome) -> None:
+    def learned(length: int, cut_off: bool) -> None:
         for level, promised in enumerate(policy._promises, 2):
-            for path in outcome.paths:
+            kept = length > level
+            if kept or not cut_off:
                 counted = levels[level]
                 counted[0] += 1
                 counted[1] += promised
-                counted[2] += len(path) > level
-        learn(outcome)
+                counted[2] += kept
+        learn(length, cut_off)
 
-    policy._learn_draft = learned
+    policy._learn_promises = learned
     return levels
 
 

@@ -922,7 +922,7 @@ def test_tokens_that_the_draft_would_have_had_too_are_not_beyond_it():
     policy._best_levels, told = 3, []
     policy.match_beyond[4] = SimpleNamespace(add=told.append)
     for kept in (2, 5):
-        policy._learn_lookup(a_drafted_round(kept, tree=tree, match_lengths=[4]))
+        learn_lookup(policy, a_drafted_round(kept, tree=tree, match_lengths=[4]))
     assert told == [0, 2]
 
 
@@ -999,10 +999,14 @@ def a_looked_up_chain(length: int, right: int, match_length: int) -> Outcome:
     )
 
 
+def learn_lookup(policy: AutoPolicy, outcome: Outcome) -> None:
+    policy._learn_lookup(outcome, policy._brought(outcome))
+
+
 def test_every_right_token_makes_a_longer_match():
     policy = tuned()
     before = [belief.value for belief in policy.lookup_first]
-    policy._learn_lookup(a_looked_up_chain(4, right=2, match_length=1))
+    learn_lookup(policy, a_looked_up_chain(4, right=2, match_length=1))
     after = [belief.value for belief in policy.lookup_first]
     assert after[1] > before[1] and after[2] > before[2], "both were right"
     assert after[3] < before[3], "the third was not"
@@ -1016,10 +1020,10 @@ def test_a_continuation_that_proved_right_to_its_end_is_followed_by_a_longer_one
     usual, lengths = policy.lookup_length, []
     for right in (usual, 2 * usual, 1000, 3, 0):
         right = min(right, policy.lookup_length)
-        policy._learn_lookup(a_looked_up_chain(policy.lookup_length, right, match_length=8))
+        learn_lookup(policy, a_looked_up_chain(policy.lookup_length, right, match_length=8))
         lengths.append(policy.lookup_length)
     assert lengths == [2 * usual, 63, 63, usual, usual]
-    policy._learn_lookup(a_looked_up_chain(usual, usual, match_length=8))
+    learn_lookup(policy, a_looked_up_chain(usual, usual, match_length=8))
     policy.begin(20, False)
     assert policy.lookup_length == usual, "another text"
     assert AutoPolicy(True, False).lookup_length == 0

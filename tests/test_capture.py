@@ -396,6 +396,8 @@ def test_calls_that_pay_are_what_a_recording_took_over_what_a_call_saves(monkeyp
     assert worth.calls_that_pay == 4.0
     worth.note(64.0, 8.0)
     assert worth.saving_ms == 12.0 and worth.calls_that_pay == pytest.approx(64 / 12)
+    worth.note(6400.0, 12.0)
+    assert worth.calls_that_pay == 24.0, "a long text pays for any"
     # one that saves nothing is still tried in a long text
     for _ in range(9):
         worth.note(64.0, -50.0)

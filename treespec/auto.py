@@ -444,20 +444,19 @@ class AutoPolicy(Policy):
         self._take_time(outcome)
         lost = self._observe_rate(outcome)
         self._observe_costs(outcome)
-        looked = outcome.match_lengths is not None
+        looked, brought = outcome.match_lengths is not None, self._brought(outcome)
         if looked:
-            self._learn_lookup(outcome)
-        if looked and not outcome.draft_levels:
-            (now.miss if outcome.tree.lookup is None else now.lookup).add(outcome.draft_ms)
+            self._learn_lookup(outcome, brought)
         if outcome.draft_levels:
             self._learn_draft_gain(outcome)
             self._learn_draft_cost(outcome, looked)
             self._learn_draft(outcome)
-        if outcome.draft_levels:
             self._draft_purse.pay(lost, self._exploring)
             if outcome.tree.lookup is not None:
-                self._lookup_purse.pay(self._lost_beside(outcome), self._lookup_exploring)
+                beside = self._lost_beside(brought, outcome.draft_levels)
+                self._lookup_purse.pay(beside, self._lookup_exploring)
         elif looked:
+            (now.miss if outcome.tree.lookup is None else now.lookup).add(outcome.draft_ms)
             self._lookup_purse.pay(lost, self._lookup_exploring)
         self._lookup_exploring = False
         if not outcome.draft_levels and outcome.new_tokens == len(outcome.paths):
@@ -468,10 +467,10 @@ class AutoPolicy(Policy):
         drafted = "draft" if outcome.draft_levels else "lookup" if outcome.num_nodes > 1 else ""
         self._rounds[drafted or "plain"] += 1
 
-    def _lost_beside(self, outcome: Outcome) -> float:
-        """Milliseconds that lookups took beside the draft, less what their tokens beyond its reach
-        are worth."""
-        further = [max(kept - outcome.draft_levels, 0) for kept in self._brought(outcome)]
+    def _lost_beside(self, brought: list[int], levels: int) -> float:
+        """Milliseconds that lookups took beside so many levels of the draft, less what their tokens
+        beyond its reach are worth."""
+        further = [max(kept - levels, 0) for kept in brought]
         return (self.now.lookup.value or 0.0) - self._shared(further) / (self.rate or 1.0)
 
     def _take_time(self, outcome: Outcome) -> None:
@@ -609,14 +608,13 @@ class AutoPolicy(Policy):
         factor = self._sharpness_of(self._sampled) * math.exp(0.05 * (hit - min(expected, 1.0)))
         self._sharpness[self._kind] = min(max(factor, 0.5), 6.0)
 
-    def _learn_lookup(self, outcome: Outcome) -> None:
+    def _learn_lookup(self, outcome: Outcome, brought: list[int]) -> None:
         assert outcome.match_lengths is not None
         if outcome.tree.lookup is None:
             self.lookup_gain.add(0.0)
             return
         lookup = outcome.tree.lookup.numpy(force=True)
         parents = outcome.tree.parents.numpy(force=True)
-        brought = self._brought(outcome)
         for row, (path, kept) in enumerate(zip(outcome.paths, brought)):
             slot = min(outcome.match_lengths[row], len(LOOKUP_PRIOR) - 1)
             if slot == 0:
@@ -635,13 +633,12 @@ class AutoPolicy(Policy):
     @staticmethod
     def _brought(outcome: Outcome) -> list[int]:
         """Tokens of every row's path that lookups proposed, up to the first that they did not."""
-        assert outcome.tree.lookup is not None
-        brought, lookup = [], outcome.tree.lookup.numpy(force=True)
-        for row, path in enumerate(outcome.paths):
-            kept = 0
-            while kept + 1 < len(path) and lookup[row, path[kept + 1]]:
-                kept += 1
-            brought.append(kept)
+        if outcome.tree.lookup is None:
+            return [0] * len(outcome.paths)
+        brought = []
+        for path, lookup in zip(outcome.paths, outcome.tree.lookup.tolist()):
+            wrong = [at for at, node in enumerate(path[1:]) if not lookup[node]]
+            brought.append(wrong[0] if wrong else len(path) - 1)
         return brought
 
     def _look_ahead(self, brought: int) -> None:

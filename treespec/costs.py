@@ -66,16 +66,15 @@ class RunningTime:
 
     def add(self, milliseconds: float, settled: bool = True) -> None:
         """Takes in a measurement; one that is not settled counts only until there is a better."""
-        first = self.value is None or (settled and self._count == 0)
-        self._count += settled
-        if self.value is None or first:
+        if self.value is None or (settled and self._count == 0):
             self.value = milliseconds
-        elif settled and self._count > _FEW:
+        elif settled and self.sure:
             # a preempted process can be off by any factor; clipped, the mean is nearly the median
             clipped = min(max(milliseconds, 0.7 * self.value), 1.4 * self.value)
             self.value += 0.1 * (clipped - self.value)
         elif settled or self._count == 0:
             self.value = min(self.value, milliseconds)
+        self._count += settled
 
     @property
     def sure(self) -> bool:
