@@ -50,7 +50,7 @@ _MOST_GAINED = 3.0
 # A draft whose root has the right child this often is taken at its word.
 _TRUSTED = 0.75
 # How often further levels of a draft bring the right token, over how often its probabilities
-# promises it, by level, before any was seen; deeper ones are like the last of them.
+# promise it, by level, before any was seen; deeper ones are like the last of them.
 _PROMISES = (1.0, 1.0, 0.85, 0.75, 0.75, 0.7)
 # Rounds of a text that are to pay for the draft's taking in its prompt, before it is known how many
 # ask the draft; and what the last text that asked it counts against those before.
