@@ -652,6 +652,18 @@ def test_a_kind_of_text_is_hardly_known_after_a_few_samples():
     assert known == sorted(known) and not known[2] and known[5]
 
 
+def test_half_a_sample_twice_is_one_sample():
+    once, twice = Belief(0.5), Belief(0.5)
+    once.add(1.0)
+    twice.add(1.0, 0.5)
+    half = twice.value
+    twice.add(1.0, 0.5)
+    assert 0.5 < half < twice.value == pytest.approx(once.value, abs=0.01)
+    once.begin(0)
+    twice.begin(0)
+    assert twice.value == pytest.approx(once.value, abs=0.02)
+
+
 def test_one_sample_does_not_count_twice():
     """What a text tells is held against the texts before it, not against itself."""
     belief = Belief(1.0, weight=4.0)
@@ -838,9 +850,63 @@ def test_a_level_of_which_the_draft_promised_too_much_is_not_drafted():
     policy.begin_round([500])
     assert expands(policy, 2, -0.5)
     for _ in range(40):
-        policy.kept_promises[2].add(0.1)
+        policy.kept_promises[False][2].add(0.1)
     assert not expands(policy, 2, -0.5)
     assert expands(policy, 1, -0.5), "another level kept its promises"
+
+
+def test_what_lookups_found_makes_levels_promise_more_than_they_keep():
+    policy = tuned()
+    policy.begin_round([500])
+    for level in range(6):
+        alone, beside = (policy.kept_promises[looked_up][level] for looked_up in (False, True))
+        assert beside.value < alone.value
+    score = next(s / 50 for s in range(0, -100, -1) if not expands(policy, 3, s / 50)) + 0.04
+    assert expands(policy, 3, score)
+    policy.lookup_chances([2], 8)
+    assert not expands(policy, 3, score)
+    policy.wants_lookup()
+    assert expands(policy, 3, score), "the next round finds nothing"
+
+
+def test_no_level_promises_more_than_one_token():
+    policy = tuned()
+    policy.begin_round([500])
+    policy.children(0)
+    for scores in ([[-0.1, -0.1]], [[-0.0, -9.0]]):
+        assert policy.worth_expanding(torch.tensor(scores))
+    assert policy._promises[0] == pytest.approx(policy._promises[1])
+
+
+def test_candidates_are_held_to_their_promises_by_their_place():
+    policy = tuned()
+    scores = torch.tensor([[0.0, *[-2.0] * 40]])
+    narrow = [belief.value for belief in policy.kept_by_place]
+    assert policy._expected(scores[:, 1:])[40] == pytest.approx(
+        math.exp(-2.0) * sum(n * kept for n, kept in zip((1, 2, 4, 8, 16, 9), narrow))
+    )
+    shuffled = torch.tensor([[0.0, -2.0, -0.5, -1.0, -3.0]])
+    before = [belief.value for belief in policy.kept_by_place]
+    outcome = SimpleNamespace(tree=SimpleNamespace(scores=shuffled), paths=[[0, 2, 1]])
+    policy._learn_places(outcome)
+    after = [belief.value for belief in policy.kept_by_place]
+    # the first place was right, promised 0.61; of the next two one was, promised 0.50 together; the
+    # fourth was not
+    assert after[0] > before[0] and after[1] > before[1] and after[2] < before[2]
+    assert after[3:] == before[3:]
+
+
+def test_wide_verifications_that_bring_nothing_become_narrow():
+    policy = tuned()
+    # so much that the widths after the first are worth their time
+    likely = torch.tensor([[0.0, *[-1.2] * 63]])
+    width = policy.nodes_to_verify(likely)
+    assert width > 8
+    for _ in range(60):
+        policy._learn_places(
+            SimpleNamespace(tree=SimpleNamespace(scores=likely), paths=[[0, 1, 2, 3]])
+        )
+    assert 1 < policy.nodes_to_verify(likely) < width
 
 
 def test_a_level_must_pay_for_the_nodes_it_adds_too():
@@ -862,7 +928,10 @@ def test_promises_are_held_against_the_path():
     policy.children(0)
     assert expands(policy, 0, -0.1) and expands(policy, 1, -0.2)
     told = [[], [], [], [], [], []]
-    policy.kept_promises = [SimpleNamespace(add=samples.append) for samples in told]
+    policy.kept_promises[False] = [
+        SimpleNamespace(add=lambda value, weight, samples=samples: samples.append((value, weight)))
+        for samples in told
+    ]
     first, second = policy._promises
     tree = SimpleNamespace(
         draft_rows=torch.tensor([[0, 1, -1, 2, -1]]),
@@ -870,7 +939,7 @@ def test_promises_are_held_against_the_path():
         scores=torch.zeros(1, 5),
     )
     policy._learn_draft(SimpleNamespace(tree=tree, paths=[[0, 1, 3]]))
-    assert told[0] == [1.0 / first] and told[1] == [0.0 / second] and not any(told[2:])
+    assert told[0] == [(1.0 / first, first)] and told[1] == [(0.0, second)] and not any(told[2:])
     # no child of node 2 was verified, so nothing is known of what would have followed it
     policy._learn_draft(SimpleNamespace(tree=tree, paths=[[0, 2]]))
     assert len(told[0]) == 1 and len(told[1]) == 1

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
+import torch
 
 from treespec import whatif
 from treespec.beliefs import Belief
@@ -51,7 +53,15 @@ _MOST_GAINED = 3.0
 _TRUSTED = 0.75
 # How often further levels of a draft bring the right token, over how often its probabilities
 # promise it, by level, before any was seen; deeper ones are like the last of them.
-_PROMISES = (1.0, 1.0, 0.85, 0.75, 0.75, 0.7)
+_PROMISES = (1.0, 1.0, 0.9, 0.8, 0.8, 0.8)
+# The same where lookups had found something.
+_PROMISES_BESIDE = (0.85, 0.8, 0.7, 0.65, 0.6, 0.6)
+# The same of candidates by their place among all, likeliest first: the first one, the next two, the
+# next four, and so on.
+_KEPT_BY_PLACE = (1.0, 1.0, 0.9, 0.85, 0.6, 0.5)
+_PLACES = [slice((1 << step) - 1, (2 << step) - 1) for step in range(len(_KEPT_BY_PLACE))]
+# Candidates that promise less tell nothing.
+_LEAST_PROMISED = 0.01
 # Rounds of a text that are to pay for the draft's taking in its prompt, before it is known how many
 # ask the draft; and what the last text that asked it counts against those before.
 _CATCH_UP_ROUNDS = 10
@@ -120,10 +130,15 @@ class AutoPolicy(Policy):
         # rounds of plain decoding that a round with the draft saved
         self.draft_gain = Belief(_GAIN_PRIOR, 4.0, 0.95)
         self.ranks = [Belief(chance, 4.0) for chance in (0.5, 0.12, 0.05, 0.03)]
-        # further levels of the draft brought the right token this many times as often as promised;
-        # by level, and what those of this round promised
-        self.kept_promises = [Belief(share, 8.0, 0.97) for share in _PROMISES]
+        # further levels of the draft brought the right token this many times as often as promised,
+        # by level, alone and beside what lookups found; and what those of this round promised
+        self.kept_promises = [
+            [Belief(share, 8.0, 0.97) for share in shares]
+            for shares in (_PROMISES, _PROMISES_BESIDE)
+        ]
         self._promises: list[float] = []
+        # candidates of a place brought the right token this many times as often as promised
+        self.kept_by_place = [Belief(share, 4.0, 0.97) for share in _KEPT_BY_PLACE]
         # by kind of text
         self._sharpness: dict[int, float] = {}
         # by kind of text, so that what drafts gain in some is not lost in others
@@ -158,7 +173,9 @@ class AutoPolicy(Policy):
             *self.match_gain,
             *self.match_beyond,
             *self.ranks,
-            *self.kept_promises,
+            *self.kept_promises[False],
+            *self.kept_promises[True],
+            *self.kept_by_place,
             self.lookup_gain,
             self.draft_first,
             self.draft_later,
@@ -304,16 +321,17 @@ class AutoPolicy(Policy):
             return False
         if self.now.root.value is None or self.rate is None:
             return True  # what it costs is worth knowing; the second time tells, without the prompt
-        gains, trial = self._draft_gains(), self._draft_purse.allows(self._trial_ms())
-        if not (gains or trial):
+        gains = self._draft_gains()
+        if not gains and not self._draft_purse.allows(self._trial_ms()):
             return False
         looked_up = lookup_scores.shape[1] > 0
-        self._nodes_alone = 1 + (self._width(lookup_scores, with_root=False) if looked_up else 0)
+        self._nodes_alone = 1 + (self._best_width(lookup_scores) if looked_up else 0)
         if self._draft_value() > 0.0 and gains:
             return True
-        if trial:
-            self._exploring, self._trial_nodes = True, self.node_sizes[1]
-        return trial
+        if not self._draft_purse.allows(self._trial_ms()):
+            return False
+        self._exploring, self._trial_nodes = True, self.node_sizes[1]
+        return True
 
     def _draft_gains(self) -> bool:
         """Whether asking the draft has gained anything lately, its taking in of prompts paid."""
@@ -397,42 +415,60 @@ class AutoPolicy(Policy):
             return False  # nor is more than a probe spent on a trial
         # a draft that is mostly wrong of late is no longer taken at its word
         trust = min(1.0, self.draft_first.hopeful / _TRUSTED) * self.draft_later.value
-        reached = [sum(map(math.exp, row)) for row in scores.tolist()]
+        # what lookups and the draft both propose may be promised twice
+        reached = [min(sum(map(math.exp, row)), 1.0) for row in scores.tolist()]
         promised = self._shared(reached) * trust
-        kept = self.kept_promises[min(self._depth, len(_PROMISES) - 1)]
+        kept = self._kept_promise(self._depth).value
         # another level is verified too
         nodes = 2 + 2 * self._depth
         wider = (self.now.verify.at(nodes + 2) or 0.0) - (self.now.verify.at(nodes) or 0.0)
-        if promised <= 0 or not self._pays(promised * kept.value, self._draft_ms()[1] + wider):
+        if promised <= 0 or not self._pays(promised * kept, self._draft_ms()[1] + wider):
             return False
         self._promises.append(promised)
         return True
 
+    def _kept_promise(self, level: int) -> Belief:
+        """Of a level in a round like this one."""
+        beside = self._looked_up is not _NOTHING
+        return self.kept_promises[beside][min(level, len(_PROMISES) - 1)]
+
     def nodes_to_verify(self, scores):
-        count = self._width(scores)
+        count = 1 + self._best_width(scores[:, 1:])
         # a trial of which nothing is verified tells nothing
         return max(count, self._trial_nodes)
 
-    def _width(self, scores, with_root: bool = True) -> int:
-        """How many of these nodes to verify."""
-        probabilities = -np.sort(-np.exp(scores.numpy(force=True)), axis=1)
-        expected = self._shares @ np.cumsum(probabilities, axis=1)
-        total = int((probabilities > 0).sum(1).max(initial=0))
-        root = 0 if with_root else 1
-        rate, best, best_value = self.rate, 1 - root, None
+    def _best_width(self, scores: torch.Tensor) -> int:
+        """How many of these candidates to verify beside the root."""
+        expected = self._expected(scores)
+        total, rate = len(expected) - 1, self.rate
+        best, best_value = 0, None
         largest = max(self.now.verify.times, default=1)
         for size in self.node_sizes:
-            count = min(size - root, total)
-            cost = self.now.verify.at(size)
+            count, cost = min(size - 1, total), self.now.verify.at(size)
             if rate is None or cost is None:
-                return min(12, total)
-            value = (float(expected[count - 1]) if count else 0.0) - rate * cost
+                return min(11, total)
+            value = expected[count] - rate * cost
             if best_value is None or value > best_value:
                 best, best_value = count, value
             # what a wider forward costs is not known before it was made: one width at a time
             if count == total or size > largest:
                 break
         return best
+
+    def _expected(self, scores: torch.Tensor) -> list[float]:
+        """Tokens that the likeliest 0, 1, 2, ... candidates are expected to bring."""
+        # plain lists: candidates are few, and every call of numpy would find cold code
+        promised: list[float] = []
+        for share, row in zip(self._shares.tolist(), scores.tolist()):
+            likeliest = sorted((score for score in row if score > -math.inf), reverse=True)
+            del likeliest[self.max_nodes - 1 :]
+            promised += [0.0] * (len(likeliest) - len(promised))
+            for place, score in enumerate(likeliest):
+                promised[place] += share * math.exp(score)
+        for belief, places in zip(self.kept_by_place, _PLACES):
+            kept = belief.value
+            promised[places] = [kept * tokens for tokens in promised[places]]
+        return list(accumulate(promised, initial=0.0))
 
     def observe(self, outcome: Outcome) -> None:
         if self._rest > 0:
@@ -445,6 +481,8 @@ class AutoPolicy(Policy):
         lost = self._observe_rate(outcome)
         self._observe_costs(outcome)
         looked, brought = outcome.match_lengths is not None, self._brought(outcome)
+        if outcome.num_nodes > 1:
+            self._learn_places(outcome)
         if looked:
             self._learn_lookup(outcome, brought)
         if outcome.draft_levels:
@@ -586,13 +624,25 @@ class AutoPolicy(Policy):
                     break  # where no child was verified, that tells nothing
                 self._learn_children(children[node], following, scores[row], node)
 
+    def _learn_places(self, outcome: Outcome) -> None:
+        """What candidates kept of their promises, by their place."""
+        for path, scores in zip(outcome.paths, outcome.tree.scores.tolist()):
+            right = set(path)
+            likeliest = sorted(range(1, len(scores)), key=lambda node: -scores[node])
+            for belief, places in zip(self.kept_by_place, _PLACES):
+                nodes = likeliest[places]
+                promised = sum(math.exp(scores[node]) for node in nodes)
+                if promised < _LEAST_PROMISED:
+                    break
+                belief.add(sum(node in right for node in nodes) / promised, promised)
+
     def _learn_promises(self, length: int, cut_off: bool) -> None:
         """Which levels of this round had the right token; of those that were cut off when nodes to
         verify were chosen it is not known."""
         for level, promised in enumerate(self._promises):
             kept = length > level + 2
             if kept or not cut_off:
-                self.kept_promises[min(level, len(_PROMISES) - 1)].add(kept / promised)
+                self._kept_promise(level).add(kept / promised, promised)
 
     def _learn_children(
         self, children: list[int], following: int | None, scores: list[float], node: int

@@ -65,13 +65,15 @@ class Belief:
         if self._since > _LONG_AGO:
             self._look_back()
 
-    def add(self, value: float) -> None:
+    def add(self, value: float, weight: float = 1.0) -> None:
+        """Takes in a sample, or so many of one value."""
         # the many samples of a text that suits the draft must not drown out those that do not
-        share = 1.0 / (1.0 + self._count / 3.0)
+        share = weight / (1.0 + self._count / 3.0)
         self._long[0] += share * (value - 0.05 * self._long[0])
         self._long[1] += share * (1.0 - 0.05 * self._long[1])
-        self._sum = self._sum * self._forget + value
-        self._count = self._count * self._forget + 1.0
+        forget = self._forget if weight == 1.0 else self._forget**weight
+        self._sum = self._sum * forget + weight * value
+        self._count = self._count * forget + weight
 
     @property
     def value(self) -> float:
