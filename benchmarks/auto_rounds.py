@@ -4,12 +4,14 @@
 
 Both write the same texts side by side. A kind of round gains the time that plain decoding would
 have taken for its tokens, less its own, as a share of all of auto's time. Of the draft's further
-levels it prints how often their probabilities promised the right token and how often they had it.
+levels, and of candidates by their place among all, likeliest first, it prints how often their
+probabilities promised the right token and how often they had it.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -21,6 +23,7 @@ from treespec.bench.models import load_pair
 from treespec.bench.prompts import suite_tasks
 from treespec.bench.protocol import identical, timed
 from treespec.policy import Outcome
+from treespec.promises import PLACES
 
 _WARM_UPS = 2
 
@@ -55,25 +58,36 @@ def kind_of(outcome: Outcome) -> str:
     return kind + (", unrecorded" if unrecorded or not outcome.settled else "")
 
 
-def watch_promises(spec: TreeSpeculator) -> dict[int, list[float]]:
-    """By draft level, from here on: levels, what they promised, those that had the right token;
-    without those that were cut off when the nodes to verify were chosen."""
-    levels: dict[int, list[float]] = defaultdict(lambda: [0, 0.0, 0])
-    policy = spec._policy
-    learn = policy._learn_promises
+def watch_promises(spec: TreeSpeculator) -> dict[str, list[float]]:
+    """By draft level and by place among the candidates, from here on: how many, the tokens they
+    promised, those that were right; without levels that were cut off when the nodes to verify were
+    chosen."""
+    rows: dict[str, list[float]] = defaultdict(lambda: [0, 0.0, 0])
+    promises = spec._policy.promises
+    learn_levels, learn_places = promises.learn_levels, promises.learn_places
 
-    def learned(length: int, cut_off: bool) -> None:
-        for level, promised in enumerate(policy._promises, 2):
-            kept = length > level
-            if kept or not cut_off:
-                counted = levels[level]
-                counted[0] += 1
-                counted[1] += promised
-                counted[2] += kept
-        learn(length, cut_off)
+    def count(name: str, number: int, promised: float, kept: int) -> None:
+        rows[name] = [old + new for old, new in zip(rows[name], (number, promised, kept))]
 
-    policy._learn_promises = learned
-    return levels
+    def levels_learned(length: int, cut_off: bool, beside: bool) -> None:
+        for level, promised in enumerate(promises.levels, 2):
+            if length > level or not cut_off:
+                name = f"level {level:2}" + " beside lookups" * beside
+                count(name, 1, promised, length > level)
+        learn_levels(length, cut_off, beside)
+
+    def places_learned(path: list[int], scores: list[float]) -> None:
+        likeliest = sorted(range(1, len(scores)), key=lambda node: -scores[node])
+        for places in PLACES:
+            nodes = [node for node in likeliest[places] if scores[node] > -math.inf]
+            promised = sum(math.exp(scores[node]) for node in nodes)
+            if nodes:
+                kept = len(set(path) & set(nodes))
+                count(f"place {places.start + 1:2} on", len(nodes), promised, kept)
+        learn_places(path, scores)
+
+    promises.learn_levels, promises.learn_places = levels_learned, places_learned
+    return rows
 
 
 def watch(spec: TreeSpeculator) -> dict[str, Kind]:
@@ -137,9 +151,9 @@ def main() -> int:
             f"{gain:+6.1%}"
         )
     if promises:
-        print("draft level   count promised   kept")
-    for level, (count, promised, kept) in sorted(promises.items()):
-        print(f"{level:11} {count:7} {promised / count:8.2f} {kept / count:6.2f}")
+        print(f"{'promises of':24} count promised   kept")
+    for name, (count, promised, kept) in sorted(promises.items()):
+        print(f"{name:24} {count:5} {promised / count:8.2f} {kept / count:6.2f}")
     return 0
 
 

@@ -850,7 +850,7 @@ def test_a_level_of_which_the_draft_promised_too_much_is_not_drafted():
     policy.begin_round([500])
     assert expands(policy, 2, -0.5)
     for _ in range(40):
-        policy.kept_promises[False][2].add(0.1)
+        policy.promises.by_level[False][2].add(0.1)
     assert not expands(policy, 2, -0.5)
     assert expands(policy, 1, -0.5), "another level kept its promises"
 
@@ -859,7 +859,7 @@ def test_what_lookups_found_makes_levels_promise_more_than_they_keep():
     policy = tuned()
     policy.begin_round([500])
     for level in range(6):
-        alone, beside = (policy.kept_promises[looked_up][level] for looked_up in (False, True))
+        alone, beside = (policy.promises.by_level[looked_up][level] for looked_up in (False, True))
         assert beside.value < alone.value
     score = next(s / 50 for s in range(0, -100, -1) if not expands(policy, 3, s / 50)) + 0.04
     assert expands(policy, 3, score)
@@ -875,23 +875,21 @@ def test_no_level_promises_more_than_one_token():
     policy.children(0)
     for scores in ([[-0.1, -0.1]], [[-0.0, -9.0]]):
         assert policy.worth_expanding(torch.tensor(scores))
-    assert policy._promises[0] == pytest.approx(policy._promises[1])
+    assert policy.promises.levels[0] == pytest.approx(policy.promises.levels[1])
 
 
 def test_candidates_are_held_to_their_promises_by_their_place():
     policy = tuned()
     scores = torch.tensor([[0.0, *[-2.0] * 40]])
-    narrow = [belief.value for belief in policy.kept_by_place]
+    narrow = [belief.value for belief in policy.promises.by_place]
     assert policy._expected(scores[:, 1:])[40] == pytest.approx(
         math.exp(-2.0) * sum(n * kept for n, kept in zip((1, 2, 4, 8, 16, 9), narrow))
     )
-    shuffled = torch.tensor([[0.0, -2.0, -0.5, -1.0, -3.0]])
-    before = [belief.value for belief in policy.kept_by_place]
-    outcome = SimpleNamespace(tree=SimpleNamespace(scores=shuffled), paths=[[0, 2, 1]])
-    policy._learn_places(outcome)
-    after = [belief.value for belief in policy.kept_by_place]
-    # the first place was right, promised 0.61; of the next two one was, promised 0.50 together; the
-    # fourth was not
+    before = [belief.value for belief in policy.promises.by_place]
+    policy.promises.learn_places([0, 2, 1], [0.0, -2.0, -0.5, -1.0, -3.0])
+    after = [belief.value for belief in policy.promises.by_place]
+    # the first place was right, which promised 0.61; one of the next two was, which promised 0.50
+    # together; the fourth was not
     assert after[0] > before[0] and after[1] > before[1] and after[2] < before[2]
     assert after[3:] == before[3:]
 
@@ -903,9 +901,7 @@ def test_wide_verifications_that_bring_nothing_become_narrow():
     width = policy.nodes_to_verify(likely)
     assert width > 8
     for _ in range(60):
-        policy._learn_places(
-            SimpleNamespace(tree=SimpleNamespace(scores=likely), paths=[[0, 1, 2, 3]])
-        )
+        policy.promises.learn_places([0, 1, 2, 3], likely[0].tolist())
     assert 1 < policy.nodes_to_verify(likely) < width
 
 
@@ -928,11 +924,11 @@ def test_promises_are_held_against_the_path():
     policy.children(0)
     assert expands(policy, 0, -0.1) and expands(policy, 1, -0.2)
     told = [[], [], [], [], [], []]
-    policy.kept_promises[False] = [
+    policy.promises.by_level[False] = [
         SimpleNamespace(add=lambda value, weight, samples=samples: samples.append((value, weight)))
         for samples in told
     ]
-    first, second = policy._promises
+    first, second = policy.promises.levels
     tree = SimpleNamespace(
         draft_rows=torch.tensor([[0, 1, -1, 2, -1]]),
         parents=torch.tensor([[-1, 0, 0, 1, 3]]),
@@ -944,7 +940,7 @@ def test_promises_are_held_against_the_path():
     policy._learn_draft(SimpleNamespace(tree=tree, paths=[[0, 2]]))
     assert len(told[0]) == 1 and len(told[1]) == 1
     policy.children(0)
-    assert policy._promises == [], "every round makes its own"
+    assert policy.promises.levels == [], "every round makes its own"
 
 
 def test_lookups_are_used_beside_a_draft_for_what_it_would_not_have_found():

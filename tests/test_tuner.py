@@ -272,7 +272,7 @@ def test_tune_measures_and_keeps(cache, tiny_command, capsys):
 def test_tune_prints_a_table(cache, tiny_command, capsys):
     assert cli.main(["tune", "--batch-sizes", "2", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
-    assert "verification, 32 nodes" in out and "draft, level of 4" in out and str(cache) in out
+    assert "verification, 32 nodes" in out and "draft, level of 3" in out and str(cache) in out
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from treespec.policy import (
     Policy,
     running_chances,
 )
+from treespec.promises import Promises
 from treespec.purse import Purse
 from treespec.whatif import RoundCosts
 
@@ -36,7 +37,6 @@ from treespec.whatif import RoundCosts
 _NODE_SIZES = (1, 4, 8, 16, 32, 64)
 # And fewer for several sequences, where every number of them makes shapes of its own.
 _BATCH_NODE_SIZES = (1, 8, 16, 32, 64)
-_CHILDREN = 4
 _LEAST_PROBABILITY = 0.02
 # Prompts are of a kind by the bits of their length; all up to 255 tokens are of one.
 _SHORT_BITS = 8
@@ -51,17 +51,6 @@ _LEAST_GAIN = 0.15
 _MOST_GAINED = 3.0
 # A draft whose root has the right child this often is taken at its word.
 _TRUSTED = 0.75
-# How often further levels of a draft bring the right token, over how often its probabilities
-# promise it, by level, before any was seen; deeper ones are like the last of them.
-_PROMISES = (1.0, 1.0, 0.9, 0.8, 0.8, 0.8)
-# The same where lookups had found something.
-_PROMISES_BESIDE = (0.85, 0.8, 0.7, 0.65, 0.6, 0.6)
-# The same of candidates by their place among all, likeliest first: the first one, the next two, the
-# next four, and so on.
-_KEPT_BY_PLACE = (1.0, 1.0, 0.9, 0.85, 0.6, 0.5)
-_PLACES = [slice((1 << step) - 1, (2 << step) - 1) for step in range(len(_KEPT_BY_PLACE))]
-# Candidates that promise less tell nothing.
-_LEAST_PROMISED = 0.01
 # Rounds of a text that are to pay for the draft's taking in its prompt, before it is known how many
 # ask the draft; and what the last text that asked it counts against those before.
 _CATCH_UP_ROUNDS = 10
@@ -129,16 +118,8 @@ class AutoPolicy(Policy):
         self.draft_first, self.draft_later = Belief(0.7), Belief(0.7, 4.0)
         # rounds of plain decoding that a round with the draft saved
         self.draft_gain = Belief(_GAIN_PRIOR, 4.0, 0.95)
-        self.ranks = [Belief(chance, 4.0) for chance in (0.5, 0.12, 0.05, 0.03)]
-        # further levels of the draft brought the right token this many times as often as promised,
-        # by level, alone and beside what lookups found; and what those of this round promised
-        self.kept_promises = [
-            [Belief(share, 8.0, 0.97) for share in shares]
-            for shares in (_PROMISES, _PROMISES_BESIDE)
-        ]
-        self._promises: list[float] = []
-        # candidates of a place brought the right token this many times as often as promised
-        self.kept_by_place = [Belief(share, 4.0, 0.97) for share in _KEPT_BY_PLACE]
+        self.ranks = [Belief(chance, 4.0) for chance in (0.5, 0.12, 0.05)]
+        self.promises = Promises()
         # by kind of text
         self._sharpness: dict[int, float] = {}
         # by kind of text, so that what drafts gain in some is not lost in others
@@ -173,9 +154,7 @@ class AutoPolicy(Policy):
             *self.match_gain,
             *self.match_beyond,
             *self.ranks,
-            *self.kept_promises[False],
-            *self.kept_promises[True],
-            *self.kept_by_place,
+            *self.promises.beliefs(),
             self.lookup_gain,
             self.draft_first,
             self.draft_later,
@@ -398,9 +377,9 @@ class AutoPolicy(Policy):
 
     def children(self, depth):
         if depth == 0:
-            self._promises.clear()
+            self.promises.levels.clear()
         self._depth = depth
-        return _CHILDREN
+        return FRONTIER_WIDTH
 
     def node_budget(self):
         return 2 + 2 * self._best_levels
@@ -418,19 +397,19 @@ class AutoPolicy(Policy):
         # what lookups and the draft both propose may be promised twice
         reached = [min(sum(map(math.exp, row)), 1.0) for row in scores.tolist()]
         promised = self._shared(reached) * trust
-        kept = self._kept_promise(self._depth).value
+        kept = self.promises.of_level(self._depth, self._found).value
         # another level is verified too
         nodes = 2 + 2 * self._depth
         wider = (self.now.verify.at(nodes + 2) or 0.0) - (self.now.verify.at(nodes) or 0.0)
         if promised <= 0 or not self._pays(promised * kept, self._draft_ms()[1] + wider):
             return False
-        self._promises.append(promised)
+        self.promises.levels.append(promised)
         return True
 
-    def _kept_promise(self, level: int) -> Belief:
-        """Of a level in a round like this one."""
-        beside = self._looked_up is not _NOTHING
-        return self.kept_promises[beside][min(level, len(_PROMISES) - 1)]
+    @property
+    def _found(self) -> bool:
+        """Whether lookups found something this round that became candidates."""
+        return self._looked_up is not _NOTHING
 
     def nodes_to_verify(self, scores):
         count = 1 + self._best_width(scores[:, 1:])
@@ -465,10 +444,7 @@ class AutoPolicy(Policy):
             promised += [0.0] * (len(likeliest) - len(promised))
             for place, score in enumerate(likeliest):
                 promised[place] += share * math.exp(score)
-        for belief, places in zip(self.kept_by_place, _PLACES):
-            kept = belief.value
-            promised[places] = [kept * tokens for tokens in promised[places]]
-        return list(accumulate(promised, initial=0.0))
+        return list(accumulate(self.promises.held(promised), initial=0.0))
 
     def observe(self, outcome: Outcome) -> None:
         if self._rest > 0:
@@ -482,7 +458,8 @@ class AutoPolicy(Policy):
         self._observe_costs(outcome)
         looked, brought = outcome.match_lengths is not None, self._brought(outcome)
         if outcome.num_nodes > 1:
-            self._learn_places(outcome)
+            for path, scores in zip(outcome.paths, outcome.tree.scores.tolist()):
+                self.promises.learn_places(path, scores)
         if looked:
             self._learn_lookup(outcome, brought)
         if outcome.draft_levels:
@@ -618,31 +595,11 @@ class AutoPolicy(Policy):
             children: dict[int, list[int]] = {}
             for node, parent in enumerate(parents[row]):
                 children.setdefault(parent, []).append(node)
-            self._learn_promises(len(path), cut_off=path[-1] not in children)
+            self.promises.learn_levels(len(path), path[-1] not in children, self._found)
             for node, following in zip(path, [*path[1:], None]):
                 if expanded[row][node] < 0 or node not in children:
                     break  # where no child was verified, that tells nothing
                 self._learn_children(children[node], following, scores[row], node)
-
-    def _learn_places(self, outcome: Outcome) -> None:
-        """What candidates kept of their promises, by their place."""
-        for path, scores in zip(outcome.paths, outcome.tree.scores.tolist()):
-            right = set(path)
-            likeliest = sorted(range(1, len(scores)), key=lambda node: -scores[node])
-            for belief, places in zip(self.kept_by_place, _PLACES):
-                nodes = likeliest[places]
-                promised = sum(math.exp(scores[node]) for node in nodes)
-                if promised < _LEAST_PROMISED:
-                    break
-                belief.add(sum(node in right for node in nodes) / promised, promised)
-
-    def _learn_promises(self, length: int, cut_off: bool) -> None:
-        """Which levels of this round had the right token; of those that were cut off when nodes to
-        verify were chosen it is not known."""
-        for level, promised in enumerate(self._promises):
-            kept = length > level + 2
-            if kept or not cut_off:
-                self._kept_promise(level).add(kept / promised, promised)
 
     def _learn_children(
         self, children: list[int], following: int | None, scores: list[float], node: int

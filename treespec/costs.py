@@ -9,8 +9,8 @@ import numpy as np
 from treespec import whatif
 from treespec.whatif import RoundCosts
 
-# Nodes that a draft level of `auto` forwards.
-FRONTIER_WIDTH = 4
+# Nodes that a draft level of `auto` forwards, and children of each.
+FRONTIER_WIDTH = 3
 # Rounds of plain decoding that the usual rate of a text weighs as much as.
 _RATE_ROUNDS = 3.0
 # Rounds of plain decoding within which its time is expected to settle.

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from treespec import environment
+from treespec.costs import FRONTIER_WIDTH
 from treespec.policy import Outcome, Policy
 from treespec.sources.base import OneShotSource, Proposal
 from treespec.whatif import RoundCosts
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 SCHEMA = 1
 CACHE_VARIABLE = "TREESPEC_CACHE_DIR"
 NODE_SIZES = (1, 4, 8, 16, 32, 64)
-_WIDTHS = (1, 4)
+_WIDTHS = (1, FRONTIER_WIDTH)
 _PREFIX = 256
 _DEEPEST = 5
 _WARM_ROUNDS, _ROUNDS, _TURNS = 2, 3, 12
@@ -449,7 +450,8 @@ def check_shapes(spec: TreeSpeculator) -> list[Shape]:
     if spec._engine.lookups:
         shapes += [Shape(12, lookup=True), Shape(24, lookup=True)]
     if spec._model is not None:
-        shapes += [Shape(4, 2), Shape(8, 2, 4), Shape(16, 4, 4), Shape(24, _DEEPEST, 4)]
+        deep = ((8, 2), (16, 4), (24, _DEEPEST))
+        shapes += [Shape(4, 2), *(Shape(nodes, levels, FRONTIER_WIDTH) for nodes, levels in deep)]
     return shapes
 
 
