@@ -745,7 +745,12 @@ def a_drafted_round(right: int, looked_up: int = 0, **others) -> Outcome:
     """A round of one level that kept so many nodes, the first ones of them looked up."""
     lookup = torch.tensor([[False, *[k < looked_up for k in range(6)]]]) if looked_up else None
     usual = a_plain_round(
-        tree=SimpleNamespace(lookup=lookup),
+        tree=SimpleNamespace(
+            lookup=lookup,
+            parents=torch.arange(-1, 6).unsqueeze(0),
+            draft_rows=torch.tensor([[0, *[-1] * 6]]),
+            scores=-torch.arange(7.0).unsqueeze(0),
+        ),
         paths=[list(range(right + 1))],
         match_lengths=[4] if looked_up else None,
         draft_levels=1,
@@ -905,6 +910,24 @@ def test_wide_verifications_that_bring_nothing_become_narrow():
     assert 1 < policy.nodes_to_verify(likely) < width
 
 
+def test_every_round_with_candidates_tells_what_they_kept():
+    policy = tuned()
+    policy.begin_round([500])
+    policy.children(0)
+    assert expands(policy, 0, -0.1)
+    first = policy.promises.by_place[0]
+    alone, beside = (policy.promises.by_level[found][0] for found in (False, True))
+    before = [belief.value for belief in (first, alone, beside)]
+    policy.observe(a_drafted_round(right=2))
+    assert first.value > before[0] and alone.value != before[1] and beside.value == before[2]
+    policy.lookup_chances([2], 8)
+    policy.observe(a_drafted_round(right=2, looked_up=1))
+    assert beside.value != before[2]
+    known = first.value
+    policy.observe(a_plain_round())
+    assert first.value == known, "a root promises nothing"
+
+
 def test_a_level_must_pay_for_the_nodes_it_adds_too():
     policy = tuned()
     policy.begin_round([500])
@@ -962,32 +985,23 @@ def test_lookups_are_used_beside_a_draft_for_what_it_would_not_have_found():
 
 
 def test_lookups_beside_a_draft_are_charged_to_their_own_purse():
-    tree = SimpleNamespace(
-        lookup=torch.tensor([[False, *[True] * 6]]),
-        parents=torch.arange(-1, 6).unsqueeze(0),
-        draft_rows=torch.tensor([[0, *[-1] * 6]]),
-        scores=-torch.arange(7.0).unsqueeze(0),
-    )
     for kept, further in ((0, 0), (1, 0), (4, 3)):
         policy = tuned()
         policy.begin_round([500])
         policy.now.lookup.value = 1.3
         policy._lookup_purse = Mock()
-        policy.observe(a_drafted_round(kept, tree=tree, match_lengths=[4]))
+        policy.observe(a_drafted_round(kept, looked_up=6))
         ((lost, _),) = (call.args for call in policy._lookup_purse.pay.call_args_list)
         assert lost == pytest.approx(1.3 - further / policy.rate)
 
 
 def test_tokens_that_the_draft_would_have_had_too_are_not_beyond_it():
-    tree = SimpleNamespace(
-        lookup=torch.tensor([[False, *[True] * 6]]), parents=torch.arange(-1, 6).unsqueeze(0)
-    )
     policy = tuned()
     policy.begin_round([500])
     policy._best_levels, told = 3, []
     policy.match_beyond[4] = SimpleNamespace(add=told.append)
     for kept in (2, 5):
-        learn_lookup(policy, a_drafted_round(kept, tree=tree, match_lengths=[4]))
+        learn_lookup(policy, a_drafted_round(kept, looked_up=6))
     assert told == [0, 2]
 
 
