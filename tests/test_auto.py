@@ -928,6 +928,20 @@ def test_every_round_with_candidates_tells_what_they_kept():
     assert first.value == known, "a root promises nothing"
 
 
+def test_a_few_unlucky_rounds_do_not_make_verifications_narrow_for_good():
+    policy = tuned()
+    policy.begin(40, True)
+    scores = [0.0, *[math.log(0.05)] * 15]
+    place = policy.promises.by_place[3]
+    prior = place.value
+    for _ in range(8):
+        policy.promises.learn_places([0], scores)
+    unlucky = place.value
+    assert 0.75 * prior < unlucky < prior
+    policy.begin(40, True)
+    assert unlucky < place.value < prior, "and some of it is forgiven with every text"
+
+
 def test_a_level_must_pay_for_the_nodes_it_adds_too():
     policy = tuned()
     policy.begin_round([500])

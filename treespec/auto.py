@@ -181,7 +181,8 @@ class AutoPolicy(Policy):
         self._sampled, self._prefill_ms = sampled, prefill_ms
         for belief in self._beliefs():
             belief.begin(self._kind)
-        self.draft_gain.hope(like=self._kind - 2)
+        for belief in (self.draft_gain, *self.promises.beliefs()):
+            belief.hope(like=self._kind - 2)
         for belief in (*self.lookup_first, *self.match_gain, *self.match_beyond) if sampled else ():
             belief.expect_less(_SAMPLED_REPEATS)
         self._draft_rounds = self._rest = 0

@@ -19,17 +19,25 @@ class Belief:
         prior: believed before anything is seen.
         weight: how many samples of this text it takes to weigh as much as the earlier texts.
         forget: what a sample of this text is worth after the next one.
+        prior_count: samples that the prior counts for.
     """
 
-    def __init__(self, prior: float, weight: float = 2.0, forget: float = 0.9) -> None:
+    def __init__(
+        self,
+        prior: float,
+        weight: float = 2.0,
+        forget: float = 0.9,
+        prior_count: float = _PRIOR_COUNT,
+    ) -> None:
         self._weight, self._forget = weight, forget
-        self._prior = prior
+        self._prior, self._prior_count = prior, prior_count
         self._kinds: dict[int, list[float]] = {}
         self.begin(0)
 
     def begin(self, kind: int) -> None:
         """A new text begins; texts of another kind tell nothing of it."""
-        self._long = self._kinds.setdefault(kind, [_PRIOR_COUNT * self._prior, _PRIOR_COUNT])
+        count = self._prior_count
+        self._long = self._kinds.setdefault(kind, [count * self._prior, count])
         self._sum = self._count = 0.0
         self._look_back()
 
@@ -41,7 +49,7 @@ class Belief:
         """At the beginning of a text: what was believed to be less than the prior is forgiven in
         time, and a kind of which nothing is known is taken to be half like another one."""
         mean = self._long[0] / self._long[1]
-        if self._long[1] == _PRIOR_COUNT and like in self._kinds:
+        if self._long[1] == self._prior_count and like in self._kinds:
             total, count = self._kinds[like]
             mean = 0.5 * (self._prior + total / count)
         elif mean < self._prior:
@@ -52,8 +60,8 @@ class Belief:
 
     def expect_less(self, share: float) -> None:
         """Lowers what is believed of this kind of text, if none of it was seen yet."""
-        if self._long[1] == _PRIOR_COUNT and self.untold:
-            self._long[0] = share * self._prior * _PRIOR_COUNT
+        if self._long[1] == self._prior_count and self.untold:
+            self._long[0] = share * self._prior * self._prior_count
             self._look_back()
 
     def age(self, rounds: int = 1) -> None:
@@ -82,7 +90,7 @@ class Belief:
     @property
     def hardly_known(self) -> bool:
         """Whether this kind of text has told no more than chance may have."""
-        return self._long[1] < _PRIOR_COUNT + 2.0
+        return self._long[1] < self._prior_count + 2.0
 
     @property
     def untold(self) -> bool:

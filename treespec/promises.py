@@ -20,6 +20,9 @@ _LEVELS_BESIDE = (0.85, 0.8, 0.7, 0.65, 0.6, 0.6)
 # four, and so on.
 _BY_PLACE = (1.0, 1.0, 0.9, 0.85, 0.6, 0.5)
 PLACES = [slice((1 << step) - 1, (2 << step) - 1) for step in range(len(_BY_PLACE))]
+# Promised tokens that a share before any was seen counts for: what is not drafted or verified after
+# a few unlucky rounds would never be learnt better.
+_PRIOR_COUNT = 10.0
 # Candidates that promise fewer tokens tell nothing.
 _LEAST_PROMISED = 0.01
 
@@ -35,9 +38,10 @@ class Promises:
 
     def __init__(self) -> None:
         self.by_level = [
-            [Belief(share, 8.0, 0.97) for share in shares] for shares in (_LEVELS, _LEVELS_BESIDE)
+            [Belief(share, 8.0, 0.97, _PRIOR_COUNT) for share in shares]
+            for shares in (_LEVELS, _LEVELS_BESIDE)
         ]
-        self.by_place = [Belief(share, 4.0, 0.97) for share in _BY_PLACE]
+        self.by_place = [Belief(share, 8.0, 0.97, _PRIOR_COUNT) for share in _BY_PLACE]
         self.levels: list[float] = []
 
     def beliefs(self) -> list[Belief]:
