@@ -659,6 +659,10 @@ def test_half_a_sample_twice_is_one_sample():
     half = twice.value
     twice.add(1.0, 0.5)
     assert 0.5 < half < twice.value == pytest.approx(once.value, abs=0.01)
+    for belief, weight in ((once, 1.0), (twice, 0.1)):
+        for _ in range(round(20 / weight)):
+            belief.add(0.0, weight)
+    assert twice.value == pytest.approx(once.value, abs=0.05)
     once.begin(0)
     twice.begin(0)
     assert twice.value == pytest.approx(once.value, abs=0.02)
@@ -891,12 +895,24 @@ def test_candidates_are_held_to_their_promises_by_their_place():
         math.exp(-2.0) * sum(n * kept for n, kept in zip((1, 2, 4, 8, 16, 9), narrow))
     )
     before = [belief.value for belief in policy.promises.by_place]
-    policy.promises.learn_places([0, 2, 1], [0.0, -2.0, -0.5, -1.0, -3.0])
+    policy.promises.learn_places([0, 2, 3], [0.0, -3.0, -0.5, -1.0, -2.0])
     after = [belief.value for belief in policy.promises.by_place]
     # the first place was right, which promised 0.61; one of the next two was, which promised 0.50
-    # together; the fourth was not
+    # together; the fourth, which comes first in the tree, was not
     assert after[0] > before[0] and after[1] > before[1] and after[2] < before[2]
     assert after[3:] == before[3:]
+
+
+def test_candidates_of_every_row_promise_their_rows_share():
+    policy = tuned()
+    policy._shares = np.array([0.75, 0.25])
+    for row in range(2):
+        scores = torch.full((2, 4), -math.inf)
+        scores[row, :2] = math.log(0.5)
+        scores[1 - row, 0] = math.log(0.5)
+        expected = policy._expected(scores)
+        assert expected[1] == pytest.approx(0.5), "the first of both rows"
+        assert expected[2] - expected[1] == pytest.approx(0.5 * policy._shares[row])
 
 
 def test_wide_verifications_that_bring_nothing_become_narrow():
