@@ -915,6 +915,16 @@ def test_candidates_of_every_row_promise_their_rows_share():
         assert expected[2] - expected[1] == pytest.approx(0.5 * policy._shares[row])
 
 
+def test_a_draft_is_held_against_what_lookups_alone_would_verify():
+    policy = tuned()
+    policy.begin(40, False)
+    policy.begin_round([500])
+    policy.wants_draft(torch.full((1, 20), -0.05))
+    assert policy._nodes_alone == 1 + policy._best_width(torch.full((1, 20), -0.05)) > 4
+    policy.wants_draft(torch.zeros(1, 0))
+    assert policy._nodes_alone == 1
+
+
 def test_wide_verifications_that_bring_nothing_become_narrow():
     policy = tuned()
     # so much that the widths after the first are worth their time
