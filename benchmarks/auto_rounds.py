@@ -4,20 +4,20 @@
 
 Both write the same texts side by side. A kind of round gains the time that plain decoding would
 have taken for its tokens, less its own, as a share of all of auto's time. Of the draft's further
-levels, and of candidates by their place among all, likeliest first, it prints how often their
-probabilities promised the right token and how often they had it.
+levels, the last of them with all deeper ones, and of candidates by their place among all, likeliest
+first, it prints how many right tokens a round their probabilities promised and how many they had.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
 
 from treespec import TreeSpeculator
+from treespec.beliefs import Belief
 from treespec.bench.methods import Method, stepwise
 from treespec.bench.models import load_pair
 from treespec.bench.prompts import suite_tasks
@@ -59,34 +59,26 @@ def kind_of(outcome: Outcome) -> str:
 
 
 def watch_promises(spec: TreeSpeculator) -> dict[str, list[float]]:
-    """By draft level and by place among the candidates, from here on: how many, the tokens they
-    promised, those that were right; without levels that were cut off when the nodes to verify were
+    """By draft level and by place among the candidates, from here on: rounds, and the tokens that
+    were promised and kept in them; without levels that were cut off when the nodes to verify were
     chosen."""
-    rows: dict[str, list[float]] = defaultdict(lambda: [0, 0.0, 0])
+    rows: dict[str, list[float]] = {}
     promises = spec._policy.promises
-    learn_levels, learn_places = promises.learn_levels, promises.learn_places
 
-    def count(name: str, number: int, promised: float, kept: int) -> None:
-        rows[name] = [old + new for old, new in zip(rows[name], (number, promised, kept))]
+    def watched(name: str, belief: Belief) -> None:
+        row, add = rows.setdefault(name, [0, 0.0, 0.0]), belief.add
 
-    def levels_learned(length: int, cut_off: bool, beside: bool) -> None:
-        for level, promised in enumerate(promises.levels, 2):
-            if length > level or not cut_off:
-                name = f"level {level:2}" + " beside lookups" * beside
-                count(name, 1, promised, length > level)
-        learn_levels(length, cut_off, beside)
+        def added(kept: float, promised: float) -> None:
+            row[:] = row[0] + 1, row[1] + promised, row[2] + kept * promised
+            add(kept, promised)
 
-    def places_learned(path: list[int], scores: list[float]) -> None:
-        likeliest = sorted(range(1, len(scores)), key=lambda node: -scores[node])
-        for places in PLACES:
-            nodes = [node for node in likeliest[places] if scores[node] > -math.inf]
-            promised = sum(math.exp(scores[node]) for node in nodes)
-            if nodes:
-                kept = len(set(path) & set(nodes))
-                count(f"place {places.start + 1:2} on", len(nodes), promised, kept)
-        learn_places(path, scores)
+        belief.add = added
 
-    promises.learn_levels, promises.learn_places = levels_learned, places_learned
+    for found, beliefs in zip(("", " beside lookups"), promises.by_level):
+        for level, belief in enumerate(beliefs, 2):
+            watched(f"level {level}{found}", belief)
+    for places, belief in zip(PLACES, promises.by_place):
+        watched(f"places {places.start + 1:2} to {places.stop:2}", belief)
     return rows
 
 
@@ -150,10 +142,10 @@ def main() -> int:
             f"{kind.levels / n:6.1f} {kind.nodes / n:5.1f} {kind.milliseconds / total:7.1%} "
             f"{gain:+6.1%}"
         )
-    if promises:
-        print(f"{'promises of':24} count promised   kept")
-    for name, (count, promised, kept) in sorted(promises.items()):
-        print(f"{name:24} {count:5} {promised / count:8.2f} {kept / count:6.2f}")
+    print(f"{'promises of':24} rounds promised   kept")
+    for name, (count, promised, kept) in promises.items():
+        if count:
+            print(f"{name:24} {count:6} {promised / count:8.2f} {kept / count:6.2f}")
     return 0
 
 

@@ -475,7 +475,7 @@ def test_what_a_draft_gains_in_short_texts_is_not_lost_in_long_ones():
 def a_plain_round(**others) -> Outcome:
     """A round of one sequence that verified its root alone, but for `others`."""
     usual = Outcome(
-        tree=SimpleNamespace(lookup=None),
+        tree=SimpleNamespace(lookup=None, scores=torch.zeros(1, 1)),
         paths=[[0]],
         match_lengths=None,
         draft_levels=0,
@@ -997,10 +997,10 @@ def test_promises_are_held_against_the_path():
         parents=torch.tensor([[-1, 0, 0, 1, 3]]),
         scores=torch.zeros(1, 5),
     )
-    policy._learn_draft(SimpleNamespace(tree=tree, paths=[[0, 1, 3]]))
+    policy._learn_draft(SimpleNamespace(tree=tree, paths=[[0, 1, 3]]), tree.scores.tolist())
     assert told[0] == [(1.0 / first, first)] and told[1] == [(0.0, second)] and not any(told[2:])
     # no child of node 2 was verified, so nothing is known of what would have followed it
-    policy._learn_draft(SimpleNamespace(tree=tree, paths=[[0, 2]]))
+    policy._learn_draft(SimpleNamespace(tree=tree, paths=[[0, 2]]), tree.scores.tolist())
     assert len(told[0]) == 1 and len(told[1]) == 1
     policy.children(0)
     assert policy.promises.levels == [], "every round makes its own"
@@ -1170,20 +1170,20 @@ def test_a_root_of_which_no_child_was_verified_is_no_miss():
     )
     outcome = SimpleNamespace(tree=tree, paths=[[0]])
     before = policy.draft_first.value
-    policy._learn_draft(outcome)
+    policy._learn_draft(outcome, tree.scores.tolist())
     assert policy.draft_first.value == before
     verified = SimpleNamespace(
         draft_rows=torch.tensor([[0, -1]]),
         parents=torch.tensor([[-1, 0]]),
         scores=torch.tensor([[0.0, -0.5]]),
     )
-    policy._learn_draft(SimpleNamespace(tree=verified, paths=[[0]]))
+    policy._learn_draft(SimpleNamespace(tree=verified, paths=[[0]]), verified.scores.tolist())
     assert policy.draft_first.value < before
     later = policy.draft_later.value
     deeper = SimpleNamespace(
         draft_rows=torch.tensor([[0, 1]]), parents=verified.parents, scores=verified.scores
     )
-    policy._learn_draft(SimpleNamespace(tree=deeper, paths=[[0, 1]]))
+    policy._learn_draft(SimpleNamespace(tree=deeper, paths=[[0, 1]]), deeper.scores.tolist())
     assert policy.draft_later.value == later, "nor does a later node without one"
 
 

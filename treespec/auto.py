@@ -458,15 +458,15 @@ class AutoPolicy(Policy):
         lost = self._observe_rate(outcome)
         self._observe_costs(outcome)
         looked, brought = outcome.match_lengths is not None, self._brought(outcome)
-        if outcome.num_nodes > 1:
-            for path, scores in zip(outcome.paths, outcome.tree.scores.tolist()):
-                self.promises.learn_places(path, scores)
+        scores = outcome.tree.scores.tolist()
+        for path, of_row in zip(outcome.paths, scores):
+            self.promises.learn_places(path, of_row)
         if looked:
             self._learn_lookup(outcome, brought)
         if outcome.draft_levels:
             self._learn_draft_gain(outcome)
             self._learn_draft_cost(outcome, looked)
-            self._learn_draft(outcome)
+            self._learn_draft(outcome, scores)
             self._draft_purse.pay(lost, self._exploring)
             if outcome.tree.lookup is not None:
                 beside = self._lost_beside(brought, outcome.draft_levels)
@@ -586,12 +586,10 @@ class AutoPolicy(Policy):
         saved = self._shared(tokens) - (min(spent, 2.0 * usual) - alone_ms) / plain_ms
         self.draft_gain.add(min(max(saved, -_MOST_GAINED), _MOST_GAINED))
 
-    def _learn_draft(self, outcome: Outcome) -> None:
+    def _learn_draft(self, outcome: Outcome, scores: list[list[float]]) -> None:
         # plain lists: a tree is small, and every call of numpy would find cold code
         tree = outcome.tree
-        expanded, parents, scores = (
-            values.tolist() for values in (tree.draft_rows, tree.parents, tree.scores)
-        )
+        expanded, parents = tree.draft_rows.tolist(), tree.parents.tolist()
         for row, path in enumerate(outcome.paths):
             children: dict[int, list[int]] = {}
             for node, parent in enumerate(parents[row]):

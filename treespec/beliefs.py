@@ -79,7 +79,7 @@ class Belief:
         share = weight / (1.0 + self._count / 3.0)
         self._long[0] += share * (value - 0.05 * self._long[0])
         self._long[1] += share * (1.0 - 0.05 * self._long[1])
-        forget = self._forget if weight == 1.0 else self._forget**weight
+        forget = self._forget**weight
         self._sum = self._sum * forget + weight * value
         self._count = self._count * forget + weight
 
