@@ -26,10 +26,17 @@ def no_tuning_files(tmp_path_factory):
 
 @pytest.fixture(autouse=True, scope="session")
 def record_at_once():
-    """The tests' texts are short, and recorded forwards are to be tested on them."""
+    """The tests' texts are short, and drafts and recorded forwards are to be tested on them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("treespec.model._CALLS_THAT_PAY", 0)
+        patch.setattr("treespec.outlay._OF_AHEAD", 1e6)
         yield
+
+
+@pytest.fixture
+def ordinary_outlay(monkeypatch):
+    """What auto may spend on new forwards, as ever outside the tests."""
+    monkeypatch.setattr("treespec.outlay._OF_AHEAD", 0.4)
 
 
 @pytest.fixture(params=KINDS)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 
 import torch
-from tiny_models import prompts, ragged, tiny_pair
+from tiny_models import VOCAB, prompts, ragged, tiny_pair
 
 from treespec import AdaptiveTree, BestFirstTree, Chain, FixedTree, TreeSpeculator
 from treespec.model import TreeModel
@@ -51,6 +51,23 @@ class GarbageSource(OneShotSource):
         return Proposal(
             continuations, torch.randint(0, 9, (batch,), generator=self.generator).tolist()
         )
+
+
+class KnowsOne(OneShotSource):
+    """Knows how the first text goes on, and is as sure of nonsense for all others."""
+
+    name = "knows one"
+
+    def __init__(self, text):
+        self.text = text
+
+    def propose(self, sequences, length):
+        tokens = torch.full((len(sequences.lens), 1, length), VOCAB - 1)
+        for row, have in enumerate(sequences.lens):
+            if torch.equal(sequences.tokens[row, :have], self.text[:have]):
+                rest = self.text[have : have + length]
+                tokens[row, 0, : len(rest)] = rest
+        return Proposal(tokens, [8] * len(sequences.lens))
 
 
 def sources(name: str, draft, vocab_size: int):

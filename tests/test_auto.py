@@ -16,6 +16,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from lossless_checks import KnowsOne
 from tiny_models import VOCAB, tiny_config, tiny_pair
 from transformers import AutoModelForCausalLM
 
@@ -30,6 +31,8 @@ from treespec.purse import Purse
 from treespec.sources import OneShotSource, Proposal
 from treespec.tree import Growth
 from treespec.whatif import RoundCosts
+
+pytestmark = pytest.mark.usefixtures("ordinary_outlay")
 
 PLAIN_MS, OVERHEAD_MS, MISS_MS, HIT_MS = 4.0, 0.3, 0.1, 0.5
 
@@ -557,23 +560,6 @@ def test_fixed_part_of_a_round_from_costs_of_one_and_of_several():
     alone.verify.add(1, 6.0)
     four.verify.add(1, 9.0)
     assert four.fixed_share(alone) == pytest.approx(5.0 / 9.0)
-
-
-class KnowsOne(OneShotSource):
-    """Knows how the first text goes on, and is as sure of nonsense for all others."""
-
-    name = "knows one"
-
-    def __init__(self, text):
-        self.text = text
-
-    def propose(self, sequences, length):
-        tokens = torch.full((len(sequences.lens), 1, length), VOCAB - 1)
-        for row, have in enumerate(sequences.lens):
-            if torch.equal(sequences.tokens[row, :have], self.text[:have]):
-                rest = self.text[have : have + length]
-                tokens[row, 0, : len(rest)] = rest
-        return Proposal(tokens, [8] * len(sequences.lens))
 
 
 def test_a_batch_is_not_slowed_down_for_the_sake_of_one_sequence(timed):
@@ -1260,6 +1246,68 @@ def test_describe_names_the_numbers():
     for part in ("0.233 tokens/ms", "costs: a test", "plain 0.233", "chain of", "tree of", "best"):
         assert part in text, part
     assert "nothing measured yet" in AutoPolicy(True, True).describe()
+
+
+# --- forwards that were never made before --------------------------------------------------------
+
+
+def far_behind() -> AutoPolicy:
+    """One that has recorded four nodes and sixteen, and cannot afford more."""
+    policy = tuned()
+    for num_nodes in (4, 16):
+        policy._outlay.pay(a_plain_round(num_nodes=num_nodes, recording_ms=50.0), 0.0)
+    return policy
+
+
+def test_a_process_far_behind_verifies_widths_that_it_knows():
+    policy, likely = far_behind(), torch.full((1, 64), -0.01)
+    assert policy.begin_round([16])
+    assert policy.nodes_to_verify(likely) == 16
+    assert policy.node_sizes == (1, 4, 16)
+    few = torch.full((1, 6), -0.01)
+    assert policy.nodes_to_verify(few) == 6  # in a forward of sixteen
+    policy.begin_round([4000])
+    assert policy.nodes_to_verify(likely) == 32
+
+
+def test_a_process_far_behind_asks_no_draft_that_it_never_asked():
+    policy, nothing = far_behind(), torch.zeros(1, 0)
+    policy.begin_round([16])
+    assert not policy.wants_draft(nothing)
+    policy._outlay.pay(a_plain_round(draft_levels=1), 0.0)
+    policy.begin_round([16])
+    assert policy.wants_draft(nothing)
+
+
+def test_several_sequences_are_charged_as_their_shapes_come():
+    policy = far_behind()
+    costs = policy._costs_for(4)
+    costs.verify.add(1, 4.0)
+    costs._all_rounds = 100
+    policy.begin_round([16] * 4)
+    assert not policy.may_record
+    assert policy.wants_draft(torch.zeros(4, 0))
+    assert policy.nodes_to_verify(torch.full((4, 64), -0.01)) == 8
+
+
+@pytest.mark.parametrize("extra_ms, allowed", [(0.0, True), (70.0, False)])
+def test_what_unrecorded_forwards_take_longer_is_part_of_the_balance(extra_ms, allowed):
+    policy = tuned()
+    policy.begin_round([100])
+    of_forward = {"verify_ms": 4.4 + extra_ms, "verify_extra_ms": extra_ms}
+    policy.observe(a_plain_round(num_nodes=4, total_ms=4.7 + extra_ms, **of_forward))
+    policy._rest = 0
+    policy.begin_round([30])
+    assert policy.may_record == allowed
+
+
+def test_what_plain_decoding_records_is_no_part_of_the_balance():
+    policy = tuned()
+    policy.begin_round([100])
+    policy.observe(a_plain_round(recording_ms=30.0))
+    policy._rest = 0
+    policy.begin_round([20])
+    assert policy.may_record
 
 
 # --- recording -----------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ import torch
 from treespec import whatif
 from treespec.beliefs import Belief
 from treespec.costs import FRONTIER_WIDTH, MeasuredCosts, row_shares
+from treespec.outlay import Outlay
 from treespec.policy import (
     COUPLED_SHARPNESS,
     GREEDY_SHARPNESS,
@@ -125,6 +126,8 @@ class AutoPolicy(Policy):
         # by kind of text, so that what drafts gain in some is not lost in others
         self._purses: dict[int, tuple[Purse, Purse]] = {}
         self._lookup_purse, self._draft_purse = Purse(), Purse()
+        self._outlay = Outlay()
+        self.may_record = True
         # rounds that ask the draft, of texts that ask it at all; by kind of text
         self._lasting: dict[int, float] = {}
         self._exploring = self._lookup_exploring = False
@@ -142,6 +145,8 @@ class AutoPolicy(Policy):
         self._unheard_ms = 0.0
         # what plain decoding of the rest of the text would take
         self._ahead_ms = 0.0
+        # widths that may be verified this round
+        self._open_sizes = self.node_sizes
         # nodes that a trial verifies at least, and that lookups alone would verify
         self._trial_nodes, self._nodes_alone = 0, 1
         # what a token of each row of this round is worth
@@ -204,7 +209,14 @@ class AutoPolicy(Policy):
         self.node_sizes = _NODE_SIZES if len(left) == 1 else _BATCH_NODE_SIZES
         self._ahead_ms = max(left) * (self.now.plain_ms or 0.0)
         self._rest = self._trial_nodes = 0
-        return not self.now.needs_plain
+        self.may_record = False
+        self._open_sizes = self.node_sizes
+        if len(left) == 1:
+            # the shapes of several sequences are charged as they come
+            self.may_record = self._outlay.allows(self._ahead_ms)
+            if not self.may_record:
+                self._open_sizes = self._outlay.begun(self.node_sizes)
+        return len(self._open_sizes) > 1 and not self.now.needs_plain
 
     def _pass_time(self) -> None:
         """Lets beliefs and purses know of the rounds since the last time."""
@@ -297,7 +309,7 @@ class AutoPolicy(Policy):
 
     def wants_draft(self, lookup_scores):
         self._exploring = False
-        if not self.with_model:
+        if not (self.with_model and self._draft_open):
             return False
         if self.now.root.value is None or self.rate is None:
             return True  # what it costs is worth knowing; the second time tells, without the prompt
@@ -310,8 +322,13 @@ class AutoPolicy(Policy):
             return True
         if not self._draft_purse.allows(self._trial_ms()):
             return False
-        self._exploring, self._trial_nodes = True, self.node_sizes[1]
+        self._exploring, self._trial_nodes = True, self._open_sizes[1]
         return True
+
+    @property
+    def _draft_open(self) -> bool:
+        """Whether the draft may be asked at all."""
+        return len(self._shares) > 1 or self.may_record or self._outlay.draft_begun
 
     def _draft_gains(self) -> bool:
         """Whether asking the draft has gained anything lately, its taking in of prompts paid."""
@@ -327,7 +344,7 @@ class AutoPolicy(Policy):
 
     def _wider_ms(self) -> float:
         """What the narrowest verification of candidates takes beyond plain decoding's."""
-        narrow, wide = (self.now.verify.at(size) or 0.0 for size in self.node_sizes[:2])
+        narrow, wide = (self.now.verify.at(size) or 0.0 for size in self._open_sizes[:2])
         return wide - narrow
 
     def _draft_value(self) -> float:
@@ -413,6 +430,7 @@ class AutoPolicy(Policy):
         return self._looked_up is not _NOTHING
 
     def nodes_to_verify(self, scores):
+        self.node_sizes = self._open_sizes
         count = 1 + self._best_width(scores[:, 1:])
         # a trial of which nothing is verified tells nothing
         return max(count, self._trial_nodes)
@@ -423,7 +441,7 @@ class AutoPolicy(Policy):
         total, rate = len(expected) - 1, self.rate
         best, best_value = 0, None
         largest = max(self.now.verify.times, default=1)
-        for size in self.node_sizes:
+        for size in self._open_sizes:
             count, cost = min(size - 1, total), self.now.verify.at(size)
             if rate is None or cost is None:
                 return min(11, total)
@@ -492,6 +510,8 @@ class AutoPolicy(Policy):
     def _take_time(self, outcome: Outcome) -> None:
         self._unheard += 1
         self._unheard_ms += outcome.total_ms
+        if len(outcome.paths) == 1:
+            self._outlay.pass_time(outcome)
 
     def _observe_costs(self, outcome: Outcome) -> None:
         verify_ms = outcome.verify_ms - outcome.verify_extra_ms
@@ -527,6 +547,8 @@ class AutoPolicy(Policy):
                 self.now.error.add(abs(predicted - usual) / usual)
             usual = min(usual, (2.0 if settled else 1.0) * predicted)
         tokens, rate = self._shared([len(path) for path in outcome.paths]), self.rate
+        if len(outcome.paths) == 1 and (outcome.num_nodes > 1 or outcome.draft_levels):
+            self._outlay.pay(outcome, spent + extra - tokens * (self.now.plain_ms or 0.0))
         self.now.add_rate(tokens, usual)
         # the shapes of one sequence are few and soon recorded, those of several are not
         spent += extra if len(outcome.paths) > 1 else 0.0

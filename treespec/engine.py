@@ -135,7 +135,7 @@ class Engine:
         for row, prompt in enumerate(request.prompts):
             self._tokens[row, : len(prompt)] = prompt
         self._lens = [len(prompt) for prompt in request.prompts]
-        widest = round_up_nodes(self.policy.max_nodes, self.policy.node_sizes)
+        widest = round_up_nodes(self.policy.max_nodes)
         slack = widest + (PREFILL_CHUNK if batch > 1 else 0)
         self.target.begin()
         self.target.allocate(batch, _round_up(capacity + slack, 256))
@@ -147,7 +147,8 @@ class Engine:
             source.begin(self._sequences(), _round_up(capacity + slack, 256))
 
     def _sequences(self) -> Sequences:
-        return Sequences(self._tokens, self._lens, self._rounds_ahead())
+        rounds_ahead = None if self.policy.may_record else self._rounds_ahead()
+        return Sequences(self._tokens, self._lens, rounds_ahead)
 
     def _rounds_ahead(self) -> float | None:
         """About how many rounds of as many rows are still to come, from those so far; None while
@@ -211,6 +212,7 @@ class Engine:
             verify_extra_ms=self.target.unrecorded_ms,
             settled=self.target.settled,
             draft_settled=all(source.settled for source in asked),
+            recording_ms=None if request.warming else drafts_recorded + recorded,
         )
         self.policy.observe(outcome)
         self._count(outcome)
@@ -220,9 +222,10 @@ class Engine:
         return news
 
     def _grow(self, picker: TokenPicker, budgets: list[int]) -> tuple[Tree, list[int] | None, int]:
+        drafts = self.policy.begin_round(budgets) and self.sources
         sequences = self._sequences()
         roots = sequences.roots()
-        if not (self.policy.begin_round(budgets) and self.sources):
+        if not drafts:
             return root_only(roots), None, 0
         # the bonus token takes one place, so deeper nodes could never be kept
         room = max(budgets) - 1
@@ -318,6 +321,8 @@ class Engine:
         its siblings."""
         cache = self.target.cache
         prefix = torch.tensor(cache.prefix_lens, device=tree.tokens.device).unsqueeze(1)
+        if tree.tokens.shape[1] > 1 and self.policy.may_record:
+            self.target.rounds_ahead = None
         logits = self.target.forward(tree.tokens, prefix + tree.depths, tree.visible)
         if tree.tokens.shape[1] > 1 and bool(logits[..., 0].isnan().any()):
             cache.clear_nodes()

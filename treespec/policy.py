@@ -55,7 +55,8 @@ class Outcome:
 
     `draft_extra_ms` and `verify_extra_ms` are what forwards of the draft and the target took longer
     because they are not recorded, and part of the times above. `draft_settled` and `settled` are
-    False where that is not known, and where the draft took in a prompt.
+    False where that is not known, and where the draft took in a prompt. `recording_ms` is what
+    recording took, None while warming up, where it was asked for.
     """
 
     tree: Tree
@@ -72,6 +73,7 @@ class Outcome:
     verify_extra_ms: float = 0.0
     settled: bool = True
     draft_settled: bool = True
+    recording_ms: float | None = 0.0
 
 
 class Policy:
@@ -82,6 +84,8 @@ class Policy:
     max_depth = 0
     max_rows = 0
     lookup_length = 0
+    # forwards of this round's drafts may be recorded at once, however seldom they were made
+    may_record = False
 
     def lookup_chances(self, match_lengths: list[int], length: int) -> np.ndarray:
         """Per row the chances, `[B, length]`, that a continuation's tokens so far are right."""
