@@ -24,7 +24,7 @@ import treespec.engine
 from treespec import TreeSpeculator
 from treespec.auto import AutoPolicy
 from treespec.beliefs import Belief
-from treespec.costs import MeasuredCosts, RunningTime, VerifyCosts, row_shares
+from treespec.costs import MeasuredCosts, RunningTime, VerifyCosts, never_falling, row_shares
 from treespec.engine import Row
 from treespec.policy import Outcome
 from treespec.purse import Purse
@@ -332,6 +332,7 @@ def test_a_width_measured_in_a_busy_moment_is_tried_again_some_texts_later():
     costs.add(8, 40.0)
     for _ in range(40):
         costs.begin()
+        costs.add(16, 12.0)
     assert costs.at(8) < 13.0
     assert costs.at(8) > 6.0, "doubt makes no width as cheap as one node"
     assert costs.at(16) == pytest.approx(12.0) and costs.at(1) == pytest.approx(5.0)
@@ -339,6 +340,48 @@ def test_a_width_measured_in_a_busy_moment_is_tried_again_some_texts_later():
     cheap.add(64, 5.2)
     cheap.begin()
     assert 5.0 <= cheap.at(64) <= 5.2, "what was measured to be cheap stays so"
+
+
+def test_a_width_no_longer_in_use_is_tried_again_some_texts_later():
+    """However often it was measured: what was not tried for long may have become cheaper."""
+    costs = VerifyCosts(1)
+    for _ in range(200):
+        for size, milliseconds in ((1, 5.0), (4, 6.0), (8, 12.0)):
+            costs.add(size, milliseconds)
+    found = []
+    for _ in range(30):
+        costs.begin()
+        costs.add(4, 6.0)
+        found.append(costs.at(8))
+    assert found[0] == found[1] == pytest.approx(12.0)
+    assert found[-1] < 7.0
+
+
+def test_widths_in_use_leave_the_costs_of_others_alone():
+    """Texts of wide verifications and of plain decoding by turns, with busy moments: widths that
+    are not in use would seem dearer with every turn if all times could shrink as the pace grows."""
+    costs = VerifyCosts(1)
+    for _ in range(50):
+        for size, milliseconds in ((1, 4.0), (8, 5.0), (16, 6.0)):
+            costs.add(size, milliseconds)
+    for turn in range(40):
+        for size, milliseconds in ((16, 6.6 if turn % 2 else 6.0), (1, 4.0)):
+            for nth in range(30):
+                costs.add(size, milliseconds * (1.0 if nth % 5 else 1.4))
+    assert costs.at(8) / costs.at(1) == pytest.approx(1.25, rel=0.02)
+
+
+def test_of_two_widths_the_one_that_was_measured_more_often_is_believed():
+    """More nodes cannot cost less, since fewer could be verified by the same forward."""
+    assert never_falling({1: 4.0, 8: 7.0, 16: 5.0}, {1: 9.0, 8: 1.0, 16: 9.0}) == {
+        1: 4.0,
+        8: pytest.approx(5.2),
+        16: pytest.approx(5.2),
+    }
+    rising = {1: 4.0, 8: 5.0, 16: 6.0}
+    assert never_falling(rising, dict.fromkeys(rising, 1.0)) == rising
+    falling = {1: 6.0, 4: 5.0, 8: 4.0}
+    assert set(never_falling(falling, dict.fromkeys(falling, 1.0)).values()) == {5.0}
 
 
 def test_unrecorded_forwards_are_only_believed_until_there_is_better():
@@ -756,7 +799,7 @@ def gain_of(outcome: Outcome, draft_rounds: int = 1) -> float | None:
     """What a policy makes of a round, None if it does not count."""
     policy, gains = tuned(), []
     policy.begin_round([50] * len(outcome.paths))
-    policy.now.verify.times = {1: 4.0, 24: 7.5}
+    policy.now.verify = VerifyCosts(1, {1: 4.0, 24: 7.5})
     policy.now.overhead.add(0.3)
     policy.now.root.value, policy.now.level.value = 1.0, 0.8
     policy._draft_rounds, policy._nodes_alone = draft_rounds, 4
@@ -958,7 +1001,7 @@ def test_a_level_must_pay_for_the_nodes_it_adds_too():
     policy = tuned()
     policy.begin_round([500])
     policy.draft_first = policy.draft_later = Belief(1.0)
-    policy.now.verify.times = {1: 4.0, 4: 4.0, 6: 4.0}
+    policy.now.verify = VerifyCosts(1, {1: 4.0, 4: 4.0, 6: 4.0})
     level, rate = policy._draft_ms()[1], policy.rate
     # twice what the level itself takes, were it not for the verification
     score = math.log(2.0 * rate * level)

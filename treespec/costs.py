@@ -19,6 +19,10 @@ _PLAIN_ROUNDS = 12
 _NODE_SHARE = 0.03
 # Measurements of a size after which it tells the pace of all.
 _SURE = 10
+# Most measurements that a size counts for, as one of a tuning file does.
+_MOST = 40.0
+# What a size's measurements count for after a text that made none.
+_STALE = 0.5
 # The part of an error that is corrected at once, of what draft levels cost.
 _LEVELS_STEP = 0.2
 # Measurements of a cost of which the smallest counts: the first ones find cold code.
@@ -53,6 +57,24 @@ def row_shares(left: list[int], fixed: float) -> np.ndarray:
     np.fill_diagonal(later, 1.0)
     last = later.prod(axis=1)
     return (1.0 - fixed) / len(tokens) + fixed * last / last.sum()
+
+
+def never_falling(times: dict[int, float], counts: dict[int, float]) -> dict[int, float]:
+    """Times by size, neighbours of which the larger is the faster averaged by how often they were
+    measured.
+
+    Ayer et al., An Empirical Distribution Function for Sampling with Incomplete Information, 1955:
+    pool adjacent violators.
+    """
+    pools: list[tuple[float, float, list[int]]] = []
+    for size in sorted(times):
+        time, count, sizes = times[size], counts[size], [size]
+        while pools and pools[-1][0] > time:
+            other, further, smaller = pools.pop()
+            time = (count * time + further * other) / (count + further)
+            count, sizes = count + further, smaller + sizes
+        pools.append((time, count, sizes))
+    return {size: time for time, _, sizes in pools for size in sizes}
 
 
 class RunningTime:
@@ -91,7 +113,8 @@ class RunningTime:
 
 class VerifyCosts:
     """Milliseconds of a verification by its number of nodes, times a pace that all sizes share: the
-    text grows longer, the machine busier.
+    text grows longer, the machine busier. The pace is what plain decoding takes over what it took
+    at first, as far as it is known.
 
     Args:
         rows: sequences verified together.
@@ -102,20 +125,24 @@ class VerifyCosts:
         self._rows = rows
         self.times = dict(known or {})
         self.pace = 1.0
-        # settled measurements of every size
-        self._counts = dict.fromkeys(self.times, _SURE)
+        # settled measurements of every size, and the sizes measured in this text
+        self._counts = dict.fromkeys(self.times, _MOST)
+        self._fresh: set[int] = set()
         # of forwards that were not recorded yet, used until there is better
         self._early: dict[int, float] = {}
         # answers since the last measurement
         self._answers: dict[int, float] = {}
 
     def begin(self) -> None:
-        """A new text begins, for which times measured a few times only are doubted."""
+        """A new text begins, for which times measured seldom, or long ago, are doubted."""
         self._answers.clear()
         for size, count in self._counts.items():
+            if size > 1 and size not in self._fresh:
+                self._counts[size] = count = max(_STALE * count, 1.0)
             if size > 1 and count < _SURE and 1 in self.times:
                 usual, least = self.times[size], self.times[1] * self._prior(size) / self._prior(1)
                 self.times[size] = max(_DOUBT * usual, min(usual, least), self.times[1])
+        self._fresh.clear()
 
     def add(
         self, num_nodes: int, milliseconds: float, settled: bool = True, drafted: bool = False
@@ -126,18 +153,21 @@ class VerifyCosts:
         if not settled:
             self._early[num_nodes] = min(milliseconds, self._early.get(num_nodes, math.inf))
             return
+        self._fresh.add(num_nodes)
         usual = self.times.get(num_nodes)
         if usual is None:
             self.times[num_nodes] = milliseconds / self.pace
-            self._counts[num_nodes] = 1
+            self._counts[num_nodes] = 1.0
             return
-        count = self._counts[num_nodes] = self._counts[num_nodes] + 1
+        count = self._counts[num_nodes] = min(self._counts[num_nodes] + 1.0, _MOST)
         ratio = min(max(milliseconds / usual, 0.7 * self.pace), 1.4 * self.pace)
         # a size that was measured once or twice says little of the pace
         if not drafted:
             self.pace += 0.1 * min(count / _SURE, 1.0) * (ratio - self.pace)
-        step = max(1.0 / count, 0.05)
-        self.times[num_nodes] += step * (usual * ratio / self.pace - usual)
+        # were all times to follow, they could all shrink as the pace grows, but for those in no use
+        if num_nodes > 1 or count <= _SURE:
+            step = max(1.0 / count, 0.05)
+            self.times[num_nodes] += step * (usual * ratio / self.pace - usual)
 
     def at(self, num_nodes: int) -> float | None:
         """Measured, or on a line between what was measured; None before any measurement."""
@@ -150,7 +180,9 @@ class VerifyCosts:
         return self._answers[num_nodes]
 
     def _interpolated(self, num_nodes: int) -> float:
-        known = self.times or self._early
+        known = self._early
+        if self.times:
+            known = never_falling(self.times, self._counts)
         largest = max(known)
         if len(known) == 1 and num_nodes > largest:
             factor = self._prior(num_nodes) / self._prior(largest)
