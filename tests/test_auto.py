@@ -1322,6 +1322,17 @@ def test_a_process_far_behind_asks_no_draft_that_it_never_asked():
     assert policy.wants_draft(nothing)
 
 
+@pytest.mark.parametrize("tried", [None, "_exploring", "_lookup_exploring"])
+def test_a_trial_is_not_recorded_at_once(tried):
+    policy = tuned()
+    policy.begin_round([500])
+    assert policy.may_record
+    if tried:
+        setattr(policy, tried, True)
+    policy.nodes_to_verify(torch.full((1, 6), -0.5))
+    assert policy.may_record == (tried is None)
+
+
 def test_several_sequences_are_charged_as_their_shapes_come():
     policy = far_behind()
     costs = policy._costs_for(4)

@@ -431,6 +431,8 @@ class AutoPolicy(Policy):
 
     def nodes_to_verify(self, scores):
         self.node_sizes = self._open_sizes
+        # what is only tried may not be used again
+        self.may_record &= not (self._exploring or self._lookup_exploring)
         count = 1 + self._best_width(scores[:, 1:])
         # a trial of which nothing is verified tells nothing
         return max(count, self._trial_nodes)
