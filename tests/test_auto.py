@@ -1259,11 +1259,17 @@ def test_a_long_prompt_makes_the_first_ask_dear():
     assert not policy.wants_draft(nothing)
 
 
-def test_widths_of_several_sequences_are_few_and_tried_one_at_a_time():
-    policy = tuned()
-    costs = policy._costs_for(4)
+def plain_known(policy: AutoPolicy, rows: int) -> MeasuredCosts:
+    """The costs of so many sequences, of which plain decoding was measured."""
+    costs = policy._costs_for(rows)
     costs.verify.add(1, 4.0)
     costs._all_rounds = 100
+    return costs
+
+
+def test_widths_of_several_sequences_are_few_and_tried_one_at_a_time():
+    policy = tuned()
+    costs = plain_known(policy, 4)
     policy.begin_round([50] * 4)
     assert 4 not in policy.node_sizes
     likely = torch.full((4, 64), -0.01)
@@ -1335,9 +1341,7 @@ def test_a_trial_is_not_recorded_at_once(tried):
 
 def test_several_sequences_are_charged_as_their_shapes_come():
     policy = far_behind()
-    costs = policy._costs_for(4)
-    costs.verify.add(1, 4.0)
-    costs._all_rounds = 100
+    plain_known(policy, 4)
     policy.begin_round([16] * 4)
     assert not policy.may_record
     assert policy.wants_draft(torch.zeros(4, 0))

@@ -72,8 +72,7 @@ def test_widths_once_begun_stay_open():
 @pytest.fixture
 def fresh(monkeypatch):
     """A function that makes a speculator of a new process: a forward of a shape that it has not
-    made yet takes `RECORDING_MS` longer. Beside it
-    the clock."""
+    made yet takes `RECORDING_MS` longer. Beside it the clock."""
     clock = SimpleNamespace(ms=0.0)
     clock.perf_counter = lambda: clock.ms / 1e3
     monkeypatch.setattr(treespec.engine, "time", clock)

@@ -209,13 +209,11 @@ class AutoPolicy(Policy):
         self.node_sizes = _NODE_SIZES if len(left) == 1 else _BATCH_NODE_SIZES
         self._ahead_ms = max(left) * (self.now.plain_ms or 0.0)
         self._rest = self._trial_nodes = 0
-        self.may_record = False
-        self._open_sizes = self.node_sizes
-        if len(left) == 1:
-            # the shapes of several sequences are charged as they come
-            self.may_record = self._outlay.allows(self._ahead_ms)
-            if not self.may_record:
-                self._open_sizes = self._outlay.begun(self.node_sizes)
+        self._open_sizes, alone = self.node_sizes, len(left) == 1
+        # the shapes of several sequences are charged as they come
+        self.may_record = alone and self._outlay.allows(self._ahead_ms)
+        if alone and not self.may_record:
+            self._open_sizes = self._outlay.begun(self.node_sizes)
         return len(self._open_sizes) > 1 and not self.now.needs_plain
 
     def _pass_time(self) -> None:
@@ -430,6 +428,7 @@ class AutoPolicy(Policy):
         return self._looked_up is not _NOTHING
 
     def nodes_to_verify(self, scores):
+        # not before: drawn siblings are all verified, in whatever width that takes
         self.node_sizes = self._open_sizes
         # what is only tried may not be used again
         self.may_record &= not (self._exploring or self._lookup_exploring)
@@ -512,8 +511,14 @@ class AutoPolicy(Policy):
     def _take_time(self, outcome: Outcome) -> None:
         self._unheard += 1
         self._unheard_ms += outcome.total_ms
-        if len(outcome.paths) == 1:
+        if self._is_balanced(outcome):
             self._outlay.pass_time(outcome)
+
+    @staticmethod
+    def _is_balanced(outcome: Outcome) -> bool:
+        """Whether a round counts in the balance: recordings of a warm-up were asked for, and those
+        of several sequences are charged as losses."""
+        return len(outcome.paths) == 1 and not outcome.warming
 
     def _observe_costs(self, outcome: Outcome) -> None:
         verify_ms = outcome.verify_ms - outcome.verify_extra_ms
@@ -549,7 +554,8 @@ class AutoPolicy(Policy):
                 self.now.error.add(abs(predicted - usual) / usual)
             usual = min(usual, (2.0 if settled else 1.0) * predicted)
         tokens, rate = self._shared([len(path) for path in outcome.paths]), self.rate
-        if len(outcome.paths) == 1 and (outcome.num_nodes > 1 or outcome.draft_levels):
+        drafted = outcome.num_nodes > 1 or outcome.draft_levels
+        if drafted and self._is_balanced(outcome):
             self._outlay.pay(outcome, spent + extra - tokens * (self.now.plain_ms or 0.0))
         self.now.add_rate(tokens, usual)
         # the shapes of one sequence are few and soon recorded, those of several are not

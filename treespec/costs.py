@@ -113,8 +113,8 @@ class RunningTime:
 
 class VerifyCosts:
     """Milliseconds of a verification by its number of nodes, times a pace that all sizes share: the
-    text grows longer, the machine busier. The pace is what plain decoding takes over what it took
-    at first, as far as it is known.
+    text grows longer, the machine busier. Plain decoding's own time, once it is known, stays:
+    the pace says what it takes now.
 
     Args:
         rows: sequences verified together.

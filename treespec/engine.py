@@ -212,7 +212,8 @@ class Engine:
             verify_extra_ms=self.target.unrecorded_ms,
             settled=self.target.settled,
             draft_settled=all(source.settled for source in asked),
-            recording_ms=None if request.warming else drafts_recorded + recorded,
+            recording_ms=drafts_recorded + recorded,
+            warming=request.warming,
         )
         self.policy.observe(outcome)
         self._count(outcome)

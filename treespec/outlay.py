@@ -29,9 +29,7 @@ class Outlay:
         self.draft_begun = False
 
     def pass_time(self, outcome: Outcome) -> None:
-        """A round is over, of whatever kind; warming up was asked for, and no part of it counts."""
-        if outcome.recording_ms is None:
-            return
+        """A round is over, of whatever kind."""
         self._passed_ms += outcome.total_ms
         self._dearest_ms = max(self._dearest_ms, outcome.recording_ms)
 
@@ -43,8 +41,6 @@ class Outlay:
             behind_ms: what it took longer than plain decoding of its tokens, recordings apart;
                 below 0 if it gained.
         """
-        if outcome.recording_ms is None:
-            return
         self._behind_ms += behind_ms + outcome.recording_ms
         self._begun.add(outcome.num_nodes)
         self.draft_begun |= outcome.draft_levels > 0

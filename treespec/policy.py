@@ -56,7 +56,7 @@ class Outcome:
     `draft_extra_ms` and `verify_extra_ms` are what forwards of the draft and the target took longer
     because they are not recorded, and part of the times above. `draft_settled` and `settled` are
     False where that is not known, and where the draft took in a prompt. `recording_ms` is what
-    recording took, None while warming up, where it was asked for.
+    recording took; while `warming` up it was asked for.
     """
 
     tree: Tree
@@ -73,7 +73,8 @@ class Outcome:
     verify_extra_ms: float = 0.0
     settled: bool = True
     draft_settled: bool = True
-    recording_ms: float | None = 0.0
+    recording_ms: float = 0.0
+    warming: bool = False
 
 
 class Policy:
