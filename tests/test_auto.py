@@ -1359,10 +1359,15 @@ def test_what_unrecorded_forwards_take_longer_is_part_of_the_balance(extra_ms, a
     assert policy.may_record == allowed
 
 
-def test_what_plain_decoding_records_is_no_part_of_the_balance():
+@pytest.mark.parametrize("rows, num_nodes", [(1, 1), (2, 4)])
+def test_what_others_record_is_no_part_of_the_balance(rows, num_nodes):
+    """Plain decoding, and rounds of several sequences."""
     policy = tuned()
-    policy.begin_round([100])
-    policy.observe(a_plain_round(recording_ms=30.0))
+    plain_known(policy, rows)
+    policy.begin_round([100] * rows)
+    tree = SimpleNamespace(lookup=None, scores=torch.zeros(rows, 1))
+    others = {"tree": tree, "paths": [[0]] * rows, "new_tokens": rows}
+    policy.observe(a_plain_round(num_nodes=num_nodes, recording_ms=30.0, **others))
     policy._rest = 0
     policy.begin_round([20])
     assert policy.may_record
