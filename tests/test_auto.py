@@ -552,7 +552,7 @@ def test_what_recording_takes_is_no_loss_and_unrecorded_forwards_of_a_batch_are(
                 new_tokens=rows,
                 verify_extra_ms=extra,
             )
-            lost[rows, extra] = policy._observe_rate(outcome)
+            lost[rows, extra] = policy._observe_rate(outcome, policy._predicted(outcome))
     assert lost[1, 9.0] == pytest.approx(lost[1, 0.0])
     assert lost[2, 9.0] == pytest.approx(lost[2, 0.0] + 9.0)
 
@@ -804,7 +804,7 @@ def gain_of(outcome: Outcome, draft_rounds: int = 1) -> float | None:
     policy.now.root.value, policy.now.level.value = 1.0, 0.8
     policy._draft_rounds, policy._nodes_alone = draft_rounds, 4
     policy.draft_gain = SimpleNamespace(add=gains.append)
-    policy._learn_draft_gain(outcome)
+    policy._learn_draft_gain(outcome, policy._predicted(outcome))
     return gains[0] if gains else None
 
 

@@ -48,7 +48,7 @@ def test_costs_between_and_beyond_measured_sizes():
     assert COSTS.verify(47) == pytest.approx(7.8 + 3.8)
     assert COSTS.level(2) == pytest.approx(0.8 + 0.1 / 3)
     # noise: the wider one was faster
-    assert whatif.interpolate({1: 4.0, 8: 3.0, 16: 6.0}, 8) == 4.0
+    assert whatif.CostCurve({1: 4.0, 8: 3.0, 16: 6.0}).at(8) == 4.0
 
 
 # --- the file ------------------------------------------------------------------------------------

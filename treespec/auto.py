@@ -35,7 +35,7 @@ from treespec.purse import Purse
 from treespec.whatif import RoundCosts
 
 # Few widths, so that each is recorded and measured early.
-_NODE_SIZES = (1, 4, 8, 16, 32, 64)
+_NODE_SIZES = (1, 4, 8, 12, 16, 32, 64)
 # And fewer for several sequences, where every number of them makes shapes of its own.
 _BATCH_NODE_SIZES = (1, 8, 16, 32, 64)
 _LEAST_PROBABILITY = 0.02
@@ -474,7 +474,8 @@ class AutoPolicy(Policy):
             return
         now = self.now
         self._take_time(outcome)
-        lost = self._observe_rate(outcome)
+        predicted = self._predicted(outcome)
+        lost = self._observe_rate(outcome, predicted)
         self._observe_costs(outcome)
         looked, brought = outcome.match_lengths is not None, self._brought(outcome)
         scores = outcome.tree.scores.tolist()
@@ -483,7 +484,7 @@ class AutoPolicy(Policy):
         if looked:
             self._learn_lookup(outcome, brought)
         if outcome.draft_levels:
-            self._learn_draft_gain(outcome)
+            self._learn_draft_gain(outcome, predicted)
             self._learn_draft_cost(outcome, looked)
             self._learn_draft(outcome, scores)
             self._draft_purse.pay(lost, self._exploring)
@@ -535,15 +536,17 @@ class AutoPolicy(Policy):
         self._observe_costs(outcome)
         self._rounds["plain"] += 1
 
-    def _observe_rate(self, outcome: Outcome) -> float:
+    def _observe_rate(self, outcome: Outcome, predicted: float | None) -> float:
         """Milliseconds the round took beyond those of plain decoding, less what its further tokens
-        are worth."""
+        are worth.
+
+        Args:
+            outcome: the round.
+            predicted: milliseconds that it was to take.
+        """
         spent = outcome.total_ms
         extra = outcome.draft_extra_ms + outcome.verify_extra_ms
         usual = spent - extra
-        predicted = self.predict_round_ms(
-            outcome.num_nodes, outcome.draft_levels, outcome.match_lengths is not None
-        )
         if predicted is not None:
             # an unusual round must not move the yardstick, nor a busy machine much
             settled = outcome.settled and outcome.draft_settled
@@ -574,6 +577,11 @@ class AutoPolicy(Policy):
         lookups = (self.now.lookup.value or 0.0) if lookup else 0.0
         return verify + draft + lookups + (self.now.overhead.value or 0.0)
 
+    def _predicted(self, outcome: Outcome) -> float | None:
+        """Milliseconds that a round like this one was to take."""
+        looked = outcome.match_lengths is not None
+        return self.predict_round_ms(outcome.num_nodes, outcome.draft_levels, looked)
+
     def _learn_draft_cost(self, outcome: Outcome, looked: bool) -> None:
         levels, now = outcome.draft_levels, self.now
         self._draft_rounds += 1
@@ -591,12 +599,15 @@ class AutoPolicy(Policy):
         spent = max(spent, 0.1 * outcome.draft_ms)
         now.add_levels(levels, spent, outcome.draft_settled)
 
-    def _learn_draft_gain(self, outcome: Outcome) -> None:
+    def _learn_draft_gain(self, outcome: Outcome, usual: float | None) -> None:
         """Rounds of plain decoding that the draft saved, beyond those that lookups would have saved
-        without it; taking in the prompt is no part of it."""
-        now, plain_ms = self.now, self.now.plain_ms
-        looked, rows = outcome.match_lengths is not None, len(outcome.paths)
-        usual = self.predict_round_ms(outcome.num_nodes, outcome.draft_levels, looked)
+        without it; taking in the prompt is no part of it.
+
+        Args:
+            outcome: the round.
+            usual: milliseconds that it was to take.
+        """
+        now, plain_ms, rows = self.now, self.now.plain_ms, len(outcome.paths)
         if plain_ms is None or usual is None or now.root.value is None or not outcome.settled:
             return
         spent = outcome.total_ms
@@ -608,10 +619,11 @@ class AutoPolicy(Policy):
             spent -= sum(extra)
         else:
             return
-        tokens, alone_ms = np.array([len(path) - 1 for path in outcome.paths]), plain_ms
+        tokens, alone_ms = [len(path) - 1 for path in outcome.paths], plain_ms
         if outcome.tree.lookup is not None:
-            lookup = outcome.tree.lookup.numpy(force=True)
-            tokens -= [lookup[row, path].sum() for row, path in enumerate(outcome.paths)]
+            looked_up = outcome.tree.lookup.tolist()
+            for row, path in enumerate(outcome.paths):
+                tokens[row] -= sum(looked_up[row][node] for node in path)
             alone_ms = self.predict_round_ms(self._nodes_alone, 0, True) or plain_ms
         saved = self._shared(tokens) - (min(spent, 2.0 * usual) - alone_ms) / plain_ms
         self.draft_gain.add(min(max(saved, -_MOST_GAINED), _MOST_GAINED))

@@ -6,8 +6,7 @@ import math
 
 import numpy as np
 
-from treespec import whatif
-from treespec.whatif import RoundCosts
+from treespec.whatif import CostCurve, RoundCosts
 
 # Nodes that a draft level of `auto` forwards, and children of each.
 FRONTIER_WIDTH = 3
@@ -130,12 +129,12 @@ class VerifyCosts:
         self._fresh: set[int] = set()
         # of forwards that were not recorded yet, used until there is better
         self._early: dict[int, float] = {}
-        # answers since the last measurement
-        self._answers: dict[int, float] = {}
+        # through what was known at the last measurement
+        self._curve: CostCurve | None = None
 
     def begin(self) -> None:
         """A new text begins, for which times measured seldom, or long ago, are doubted."""
-        self._answers.clear()
+        self._curve = None
         for size, count in self._counts.items():
             if size > 1 and size not in self._fresh:
                 self._counts[size] = count = max(_STALE * count, 1.0)
@@ -149,7 +148,7 @@ class VerifyCosts:
     ) -> None:
         """Takes in a verification; one right after a draft's forwards finds other caches than plain
         decoding does, and does not move the pace."""
-        self._answers.clear()
+        self._curve = None
         if not settled:
             self._early[num_nodes] = min(milliseconds, self._early.get(num_nodes, math.inf))
             return
@@ -173,24 +172,20 @@ class VerifyCosts:
         """Measured, or on a line between what was measured; None before any measurement."""
         if num_nodes == 1 and 1 in self.times:
             return self.pace * self.times[1]
-        if num_nodes not in self._answers:
-            if not (self.times or self._early):
-                return None
-            self._answers[num_nodes] = self._interpolated(num_nodes)
-        return self._answers[num_nodes]
-
-    def _interpolated(self, num_nodes: int) -> float:
-        known = self._early
-        if self.times:
-            known = never_falling(self.times, self._counts)
-        largest = max(known)
+        known = self.times or self._early
+        if not known:
+            return None
+        largest, smallest = max(known), min(known)
         if len(known) == 1 and num_nodes > largest:
             factor = self._prior(num_nodes) / self._prior(largest)
-        elif num_nodes < (smallest := min(known)):
+        elif num_nodes < smallest:
             factor = self._prior(num_nodes) / self._prior(smallest)
         else:
             factor = 1.0
-        return self.pace * factor * whatif.interpolate(known, num_nodes)
+        if self._curve is None:
+            rising = never_falling(self.times, self._counts) if self.times else known
+            self._curve = CostCurve(rising)
+        return self.pace * factor * self._curve.at(num_nodes)
 
     def _prior(self, num_nodes: int) -> float:
         return 1.0 + _NODE_SHARE * (self._rows * num_nodes - 1)

@@ -41,11 +41,11 @@ class RoundCosts:
 
     def verify(self, num_nodes: int) -> float:
         """A verification of so many nodes; between and beyond what is known, on straight lines."""
-        return interpolate(self.verify_ms, num_nodes)
+        return CostCurve(self.verify_ms).at(num_nodes)
 
     def level(self, width: int) -> float:
         """A further level of the draft that forwards `width` nodes."""
-        return interpolate(self.level_ms, width) if self.level_ms else 0.0
+        return CostCurve(self.level_ms).at(width) if self.level_ms else 0.0
 
     def predict_round_ms(
         self, num_nodes: int, levels: int = 0, width: int = 1, lookup: bool = False
@@ -63,22 +63,31 @@ class RoundCosts:
         return self.overhead_ms + lookups + draft + self.verify(num_nodes)
 
 
-def interpolate(known: dict[int, float], at: int) -> float:
-    """A cost at a size, from those at a few sizes: on straight lines, never falling with size, and
-    beyond the largest size on by the mean slope."""
-    sizes = sorted(known)
-    # noise may say that a larger size is cheaper
-    values = list(itertools.accumulate((known[size] for size in sizes), max))
-    if at <= sizes[0]:
-        return values[0]
-    if at >= sizes[-1]:
-        width = sizes[-1] - sizes[0]
-        slope = (values[-1] - values[0]) / width if width else 0.0
-        return values[-1] + slope * (at - sizes[-1])
-    right = bisect.bisect_left(sizes, at)
-    left = right - 1
-    share = (at - sizes[left]) / (sizes[right] - sizes[left])
-    return values[left] + share * (values[right] - values[left])
+class CostCurve:
+    """A cost by size: on straight lines between what is known, never falling with size, and beyond
+    the largest size on by the mean slope.
+
+    Args:
+        known: milliseconds by size, of at least one size.
+    """
+
+    def __init__(self, known: dict[int, float]) -> None:
+        self._sizes = sorted(known)
+        # noise may say that a larger size is cheaper
+        self._values = list(itertools.accumulate((known[size] for size in self._sizes), max))
+
+    def at(self, size: int) -> float:
+        sizes, values = self._sizes, self._values
+        if size <= sizes[0]:
+            return values[0]
+        if size >= sizes[-1]:
+            width = sizes[-1] - sizes[0]
+            slope = (values[-1] - values[0]) / width if width else 0.0
+            return values[-1] + slope * (size - sizes[-1])
+        right = bisect.bisect_left(sizes, size)
+        left = right - 1
+        share = (size - sizes[left]) / (sizes[right] - sizes[left])
+        return values[left] + share * (values[right] - values[left])
 
 
 @dataclass(frozen=True)
@@ -254,7 +263,7 @@ def run_whatif(arguments: argparse.Namespace) -> int:
     for option, value in (("--depth", arguments.depth), ("--branching", arguments.branching)):
         if not 1 <= value <= 64:
             raise ValueError(f"{option} must be from 1 to 64; got {value}")
-    costs = RoundCosts(verify, interpolate(level, 1), level)
+    costs = RoundCosts(verify, CostCurve(level).at(1), level)
     plain_ms = costs.plain_ms if arguments.plain_ms is None else arguments.plain_ms
     if plain_ms <= 0:
         raise ValueError(f"--plain-ms must be above 0; got {plain_ms}")
