@@ -509,7 +509,7 @@ def test_what_a_draft_gains_in_short_texts_is_not_lost_in_long_ones():
     for longest, gain in ((600, -1.5), (20, 1.5)):
         policy.begin(longest, False)
         for _ in range(3):
-            policy.draft_gain.add(gain)
+            policy.draft.gain.add(gain)
     asked = []
     for longest in (600, 20):
         policy.begin(longest, False)
@@ -561,7 +561,7 @@ def test_there_is_a_rest_after_looking_in_vain_but_not_in_text_that_repeats_itse
     policy = tuned()
     rests = []
     for gain in (0.0, 4.0):
-        policy.lookup_gain = Belief(gain, 1000.0)
+        policy.lookups.gain = Belief(gain, 1000.0)
         assert policy.begin_round([50])
         policy.observe(a_plain_round(match_lengths=[0], draft_ms=0.5, total_ms=4.8))
         asked = 0
@@ -767,10 +767,10 @@ def test_a_draft_that_lost_lately_is_left_alone_whatever_is_expected_of_it():
     policy.begin_round([500])
     assert policy.wants_draft(nothing)
     for _ in range(2):
-        policy.draft_gain.add(-1.5)
+        policy.draft.gain.add(-1.5)
     assert not policy.wants_draft(nothing)
     for _ in range(4):
-        policy.draft_gain.add(1.5)
+        policy.draft.gain.add(1.5)
     assert policy.wants_draft(nothing)
 
 
@@ -803,7 +803,7 @@ def gain_of(outcome: Outcome, draft_rounds: int = 1) -> float | None:
     policy.now.overhead.add(0.3)
     policy.now.root.value, policy.now.level.value = 1.0, 0.8
     policy._draft_rounds, policy._nodes_alone = draft_rounds, 4
-    policy.draft_gain = SimpleNamespace(add=gains.append)
+    policy.draft.gain = SimpleNamespace(add=gains.append)
     policy._learn_draft_gain(outcome, policy._predicted(outcome))
     return gains[0] if gains else None
 
@@ -847,8 +847,8 @@ def test_a_draft_goes_on_where_what_was_looked_up_is_likely_to_end():
         policy = tuned()
         policy.begin(40, False)
         policy.begin_round([500])
-        policy.draft_first = policy.draft_later = Belief(0.95)
-        policy.lookup_first = [Belief(share) for share in (0.0, 0.5, *[later_right] * 7)]
+        policy.draft.first = policy.draft.later = Belief(0.95)
+        policy.lookups.next_right = [Belief(share) for share in (0.0, 0.5, *[later_right] * 7)]
         policy.lookup_chances([1], 20)
         worth.append(policy._draft_value())
     assert worth[1] > worth[0] + 0.3
@@ -860,9 +860,9 @@ def test_a_draft_that_gains_next_to_nothing_is_not_asked():
     policy, nothing = tuned(), torch.zeros(1, 0)
     policy.begin(40, False)
     policy.begin_round([500])
-    policy.draft_gain._earlier = 0.1
+    policy.draft.gain._earlier = 0.1
     assert not policy.wants_draft(nothing)
-    policy.draft_gain._earlier = 0.2
+    policy.draft.gain._earlier = 0.2
     assert policy.wants_draft(nothing)
 
 
@@ -871,10 +871,10 @@ def test_one_unlucky_round_is_not_the_last_of_a_draft():
     policy.begin(40, False)
     policy.begin_round([500])
     policy._draft_rounds = 1
-    policy.draft_gain.add(-3.0)
+    policy.draft.gain.add(-3.0)
     assert policy.wants_draft(nothing)
     for _ in range(5):
-        policy.draft_gain.add(-1.0)
+        policy.draft.gain.add(-1.0)
     assert not policy.wants_draft(nothing)
 
 
@@ -1000,7 +1000,7 @@ def test_a_few_unlucky_rounds_do_not_make_verifications_narrow_for_good():
 def test_a_level_must_pay_for_the_nodes_it_adds_too():
     policy = tuned()
     policy.begin_round([500])
-    policy.draft_first = policy.draft_later = Belief(1.0)
+    policy.draft.first = policy.draft.later = Belief(1.0)
     policy.now.verify = VerifyCosts(1, {1: 4.0, 4: 4.0, 6: 4.0})
     level, rate = policy._draft_ms()[1], policy.rate
     # twice what the level itself takes, were it not for the verification
@@ -1021,15 +1021,11 @@ def test_promises_are_held_against_the_path():
         for samples in told
     ]
     first, second = policy.promises.levels
-    tree = SimpleNamespace(
-        draft_rows=torch.tensor([[0, 1, -1, 2, -1]]),
-        parents=torch.tensor([[-1, 0, 0, 1, 3]]),
-        scores=torch.zeros(1, 5),
-    )
-    policy._learn_draft(SimpleNamespace(tree=tree, paths=[[0, 1, 3]]), tree.scores.tolist())
+    tree = SimpleNamespace(parents=torch.tensor([[-1, 0, 0, 1, 3]]))
+    policy._learn_levels(SimpleNamespace(tree=tree, paths=[[0, 1, 3]]))
     assert told[0] == [(1.0 / first, first)] and told[1] == [(0.0, second)] and not any(told[2:])
     # no child of node 2 was verified, so nothing is known of what would have followed it
-    policy._learn_draft(SimpleNamespace(tree=tree, paths=[[0, 2]]), tree.scores.tolist())
+    policy._learn_levels(SimpleNamespace(tree=tree, paths=[[0, 2]]))
     assert len(told[0]) == 1 and len(told[1]) == 1
     policy.children(0)
     assert policy.promises.levels == [], "every round makes its own"
@@ -1041,15 +1037,15 @@ def test_lookups_are_used_beside_a_draft_for_what_it_would_not_have_found():
     policy.begin_round([500])
     policy.now.lookup.value = 1.3
     policy._lookup_purse.allows = lambda _: False
-    policy.draft_gain._earlier, policy.draft_first = 2.0, Belief(0.95)
+    policy.draft.gain._earlier, policy.draft.first = 2.0, Belief(0.95)
     short, long = 2, 8
-    policy.match_gain[short]._earlier, policy.match_beyond[short]._earlier = 0.9, 0.0
-    policy.match_gain[long]._earlier, policy.match_beyond[long]._earlier = 0.9, 0.9
+    policy.lookups.by_match[short]._earlier, policy.lookups.beyond[short]._earlier = 0.9, 0.0
+    policy.lookups.by_match[long]._earlier, policy.lookups.beyond[long]._earlier = 0.9, 0.9
     assert not policy.wants_matches([short]) and policy.wants_matches([long])
-    policy.match_gain[short]._earlier = 6.0
+    policy.lookups.by_match[short]._earlier = 6.0
     assert policy.wants_matches([short]), "so much needs no draft"
-    policy.match_gain[short]._earlier = 0.9
-    policy.draft_gain._earlier = -1.0
+    policy.lookups.by_match[short]._earlier = 0.9
+    policy.draft.gain._earlier = -1.0
     assert policy.wants_matches([short]), "no draft is asked"
 
 
@@ -1068,7 +1064,7 @@ def test_tokens_that_the_draft_would_have_had_too_are_not_beyond_it():
     policy = tuned()
     policy.begin_round([500])
     policy._best_levels, told = 3, []
-    policy.match_beyond[4] = SimpleNamespace(add=told.append)
+    policy.lookups.beyond[4] = SimpleNamespace(add=told.append)
     for kept in (2, 5):
         learn_lookup(policy, a_drafted_round(kept, looked_up=6))
     assert told == [0, 2]
@@ -1078,9 +1074,9 @@ def test_what_a_draft_gained_in_shorter_texts_is_half_believed_of_longer_ones():
     policy = tuned()
     policy.begin(200, False)
     for _ in range(30):
-        policy.draft_gain.add(2.5)
+        policy.draft.gain.add(2.5)
     policy.begin(300, False)
-    assert policy.draft_gain.value > 1.0
+    assert policy.draft.gain.value > 1.0
 
 
 def test_what_rounds_of_a_draft_take_moves_what_its_levels_are_believed_to_take():
@@ -1097,7 +1093,7 @@ def test_rest_is_longer_where_nothing_was_worth_asking():
     for looked in (None, [0]):
         policy = tuned()
         policy.begin_round([500])
-        policy.lookup_gain._earlier = 0.1
+        policy.lookups.gain._earlier = 0.1
         policy.observe(a_plain_round(match_lengths=looked))
         rests.append(policy._rest)
     assert rests[0] > rests[1] > 0
@@ -1148,14 +1144,14 @@ def a_looked_up_chain(length: int, right: int, match_length: int) -> Outcome:
 
 
 def learn_lookup(policy: AutoPolicy, outcome: Outcome) -> None:
-    policy._learn_lookup(outcome, policy._brought(outcome))
+    policy._learn_lookup(outcome, outcome.brought_by_lookups())
 
 
 def test_every_right_token_makes_a_longer_match():
     policy = tuned()
-    before = [belief.value for belief in policy.lookup_first]
+    before = [belief.value for belief in policy.lookups.next_right]
     learn_lookup(policy, a_looked_up_chain(4, right=2, match_length=1))
-    after = [belief.value for belief in policy.lookup_first]
+    after = [belief.value for belief in policy.lookups.next_right]
     assert after[1] > before[1] and after[2] > before[2], "both were right"
     assert after[3] < before[3], "the third was not"
     assert after[4:] == before[4:], "nothing is known of the fourth"
@@ -1198,22 +1194,22 @@ def test_a_root_of_which_no_child_was_verified_is_no_miss():
         scores=torch.zeros(1, 1),
     )
     outcome = SimpleNamespace(tree=tree, paths=[[0]])
-    before = policy.draft_first.value
-    policy._learn_draft(outcome, tree.scores.tolist())
-    assert policy.draft_first.value == before
+    before = policy.draft.first.value
+    policy.draft.learn(outcome, tree.scores.tolist())
+    assert policy.draft.first.value == before
     verified = SimpleNamespace(
         draft_rows=torch.tensor([[0, -1]]),
         parents=torch.tensor([[-1, 0]]),
         scores=torch.tensor([[0.0, -0.5]]),
     )
-    policy._learn_draft(SimpleNamespace(tree=verified, paths=[[0]]), verified.scores.tolist())
-    assert policy.draft_first.value < before
-    later = policy.draft_later.value
+    policy.draft.learn(SimpleNamespace(tree=verified, paths=[[0]]), verified.scores.tolist())
+    assert policy.draft.first.value < before
+    later = policy.draft.later.value
     deeper = SimpleNamespace(
         draft_rows=torch.tensor([[0, 1]]), parents=verified.parents, scores=verified.scores
     )
-    policy._learn_draft(SimpleNamespace(tree=deeper, paths=[[0, 1]]), deeper.scores.tolist())
-    assert policy.draft_later.value == later, "nor does a later node without one"
+    policy.draft.learn(SimpleNamespace(tree=deeper, paths=[[0, 1]]), deeper.scores.tolist())
+    assert policy.draft.later.value == later, "nor does a later node without one"
 
 
 def test_a_further_level_is_guessed_by_the_drafts_size_until_it_is_known():

@@ -251,6 +251,22 @@ def test_the_budget_ends_a_run_between_turns_and_says_so(tmp_path, capsys):
     assert "budget of 0.0001 minutes after 1 of 5 turns" in capsys.readouterr().out
 
 
+def test_without_warm_ups_the_first_text_of_a_row_is_timed(monkeypatch, tmp_path, capsys):
+    timed, written = protocol.timed, []
+
+    def watched(party, task):
+        for method, found, seconds in timed(party, task):
+            written.append((method.name, task.id))
+            yield method, found, seconds
+
+    monkeypatch.setattr(protocol, "timed", watched)
+    path = tmp_path / "run.json"
+    command = [*REFERENCE, "--samples", "1", "--rows", "treespec plain", "--output", str(path)]
+    assert cli.main([*command, "--warm-ups", "0"]) == 0
+    assert written == [(s["method"], s["task"]) for s in load(path)["samples"]]
+    assert "0 warm-ups" in capsys.readouterr().out
+
+
 def test_another_machine_does_not_go_on(finished, tmp_path, capsys):
     record = load(finished)
     record |= {"finished": False, "samples": record["samples"][:1]}
@@ -272,6 +288,7 @@ BAD = {
     "draft missing": (["--target", "./no-model"], "needs a draft of your own"),
     "unknown prompts": (["--prompts", "novels"], "--prompts"),
     "no budget": (["--minutes", "0"], "must be a number above 0"),
+    "warm-ups below none": (["--warm-ups", "-1"], "must be a whole number of at least 0; got '-1'"),
     "too long": (["--new-tokens", "5000"], "the target has 4096 positions"),
     "too little memory": (["--sized", "1x999936", "1x64"], "too little memory"),
     "no size": (["--sized", "large", "1x64"], "'large' is neither LAYERSxHIDDEN"),

@@ -19,19 +19,12 @@ import numpy as np
 import torch
 
 from treespec import whatif
-from treespec.beliefs import Belief
 from treespec.costs import FRONTIER_WIDTH, MeasuredCosts, row_shares
 from treespec.outlay import Outlay
-from treespec.policy import (
-    COUPLED_SHARPNESS,
-    GREEDY_SHARPNESS,
-    LOOKUP_PRIOR,
-    Outcome,
-    Policy,
-    running_chances,
-)
+from treespec.policy import Outcome, Policy
 from treespec.promises import Promises
 from treespec.purse import Purse
+from treespec.running_acceptance import DraftAcceptance, LookupAcceptance
 from treespec.whatif import RoundCosts
 
 # Few widths, so that each is recorded and measured early.
@@ -43,10 +36,8 @@ _LEAST_PROBABILITY = 0.02
 _SHORT_BITS = 8
 # Draft levels of a trial.
 _PROBE_LEVELS = 2
-# Rounds of plain decoding that one with a draft is expected to save in texts of a kind that were
-# not seen before.
-_GAIN_PRIOR = 0.45
-# What it must have saved to be asked: near zero half the texts lose.
+# Rounds of plain decoding that a round with the draft must have saved for it to be asked: near zero
+# half the texts lose.
 _LEAST_GAIN = 0.15
 # No round counts for more, gained or lost.
 _MOST_GAINED = 3.0
@@ -65,8 +56,6 @@ _REPEATS = 0.7
 # Tokens of a continuation to begin with and at most: one that proved right to its end is followed
 # by one twice as long.
 _LOOKUP_LENGTHS = (20, 63)
-# What lookups are expected to bring in sampled text, as a share of what they do in greedy text.
-_SAMPLED_REPEATS = 0.5
 # The shares that lookups may have lost lately and in one text, and still be used where that is
 # expected to pay. What those of one sequence lose they make up for in the next that repeats itself.
 _DEBTS = (0.01, 0.015)
@@ -109,20 +98,8 @@ class AutoPolicy(Policy):
         self._draft_share = draft_share
         self._costs = {rows: MeasuredCosts(rows, known) for rows, known in (costs or {}).items()}
         self.now = self._costs_for(1)
-        self.lookup_first = [Belief(prior, 8.0, 0.95) for prior in LOOKUP_PRIOR]
-        self.lookup_gain = Belief(0.5, 8.0, 0.98)  # tokens a lookup brings when asked
-        # the same where it matched so many tokens
-        self.match_gain = [Belief(2.0 * prior, 3.0, 0.93) for prior in LOOKUP_PRIOR]
-        # those of them that lie deeper than the draft would have gone
-        self.match_beyond = [Belief(prior, 3.0, 0.93) for prior in LOOKUP_PRIOR]
-        # the right child is among those of the root, and of a later node the draft expanded
-        self.draft_first, self.draft_later = Belief(0.7), Belief(0.7, 4.0)
-        # rounds of plain decoding that a round with the draft saved
-        self.draft_gain = Belief(_GAIN_PRIOR, 4.0, 0.95)
-        self.ranks = [Belief(chance, 4.0) for chance in (0.5, 0.12, 0.05)]
+        self.lookups, self.draft = LookupAcceptance(), DraftAcceptance()
         self.promises = Promises()
-        # by kind of text
-        self._sharpness: dict[int, float] = {}
         # by kind of text, so that what drafts gain in some is not lost in others
         self._purses: dict[int, tuple[Purse, Purse]] = {}
         self._lookup_purse, self._draft_purse = Purse(), Purse()
@@ -133,7 +110,7 @@ class AutoPolicy(Policy):
         self._exploring = self._lookup_exploring = False
         self._draft_rounds = 0
         self._depth, self._best_levels = 0, 2
-        self._kind, self._sampled = 0, False
+        self._kind = 0
         # chances that what was looked up this round is right up to each of the first levels
         self._looked_up = _NOTHING
         self._prefill_ms = 0.0
@@ -153,19 +130,6 @@ class AutoPolicy(Policy):
         self._shares = _ALONE
         self._rounds = {"plain": 0, "lookup": 0, "draft": 0}
 
-    def _beliefs(self) -> list[Belief]:
-        return [
-            *self.lookup_first,
-            *self.match_gain,
-            *self.match_beyond,
-            *self.ranks,
-            *self.promises.beliefs(),
-            self.lookup_gain,
-            self.draft_first,
-            self.draft_later,
-            self.draft_gain,
-        ]
-
     def _costs_for(self, rows: int) -> MeasuredCosts:
         """Costs of about so many rows: the next power of two."""
         rows = 1 << (rows - 1).bit_length()
@@ -183,13 +147,11 @@ class AutoPolicy(Policy):
         self._kind = 2 * max(longest.bit_length(), _SHORT_BITS) + sampled
         purses = self._purses.setdefault(self._kind, (Purse(), Purse()))
         self._lookup_purse, self._draft_purse = purses
-        self._sampled, self._prefill_ms = sampled, prefill_ms
-        for belief in self._beliefs():
-            belief.begin(self._kind)
-        for belief in (self.draft_gain, *self.promises.beliefs()):
-            belief.hope(like=self._kind - 2)
-        for belief in (*self.lookup_first, *self.match_gain, *self.match_beyond) if sampled else ():
-            belief.expect_less(_SAMPLED_REPEATS)
+        self._prefill_ms = prefill_ms
+        like = self._kind - 2
+        self.lookups.begin(self._kind, sampled)
+        self.draft.begin(self._kind, like, sampled)
+        self.promises.begin(self._kind, like)
         self._draft_rounds = self._rest = 0
         self._look_ahead(0)
         self._lookup_purse.begin()
@@ -225,15 +187,8 @@ class AutoPolicy(Policy):
         self._unheard, self._unheard_ms = 0, 0.0
         for purse in (self._lookup_purse, self._draft_purse):
             purse.pass_time(milliseconds, rounds)
-        for belief in (
-            self.draft_first,
-            self.draft_later,
-            self.draft_gain,
-            self.lookup_gain,
-            *self.match_gain,
-            *self.match_beyond,
-        ):
-            belief.age(rounds)
+        self.lookups.age(rounds)
+        self.draft.age(rounds)
 
     @property
     def rate(self) -> float | None:
@@ -254,16 +209,15 @@ class AutoPolicy(Policy):
         if self.lookup_length == 0:
             return False
         cost = self.now.miss.value or 0.0
-        self._lookup_exploring = not self._pays(self.lookup_gain.value, cost)
+        self._lookup_exploring = not self._pays(self.lookups.gain.value, cost)
         return not self._lookup_exploring or self._lookup_purse.allows(cost)
 
     def wants_matches(self, match_lengths):
         if max(match_lengths) == 0:
             return False
-        slots = [min(length, len(LOOKUP_PRIOR) - 1) for length in match_lengths]
-        gain = self._brings(self.match_gain, slots)
+        gain = self._shared(self.lookups.of_length(self.lookups.by_match, match_lengths))
         cost = (self.now.lookup.value or 0.0) - (self.now.miss.value or 0.0)
-        if self._pays(gain, cost) and self._better_than_draft(slots, gain, cost):
+        if self._pays(gain, cost) and self._better_than_draft(match_lengths, gain, cost):
             alone = len(match_lengths) == 1
             shares = _DEBTS_ALONE if alone else _DEBTS
             in_debt = self._lookup_purse.owes(shares, self._ahead_ms)
@@ -271,11 +225,9 @@ class AutoPolicy(Policy):
         self._lookup_exploring = True
         return self._lookup_purse.allows(cost)
 
-    def _brings(self, beliefs: list[Belief], slots: list[int]) -> float:
-        """Tokens that matches of these lengths are believed to bring."""
-        return self._shared([beliefs[slot].value if slot else 0.0 for slot in slots])
-
-    def _better_than_draft(self, slots: list[int], gain: float, milliseconds: float) -> bool:
+    def _better_than_draft(
+        self, match_lengths: list[int], gain: float, milliseconds: float
+    ) -> bool:
         """Whether what was looked up pays beside the draft, where that is asked anyway, or instead
         of it."""
         if not self.with_model or self.now.root.value is None or not self._draft_gains():
@@ -285,25 +237,20 @@ class AutoPolicy(Policy):
         if draft <= 0.0:
             return True
         instead = gain - (self.rate or 0.0) * (milliseconds + self._wider_ms())
-        further = self._brings(self.match_beyond, slots)
-        beside = further + (gain - further) * (1.0 - self.draft_first.value)
+        further = self._shared(self.lookups.of_length(self.lookups.beyond, match_lengths))
+        beside = further + (gain - further) * (1.0 - self.draft.first.value)
         return instead > draft or self._pays(beside, milliseconds)
 
     def lookup_chances(self, match_lengths, length):
-        next_right = [0.0, *(belief.value for belief in self.lookup_first[1:])]
-        chances = running_chances(next_right, match_lengths, length)
+        chances = self.lookups.chances(match_lengths, length)
         reach = (self._shares @ chances[:, :_LEVELS_VALUED]).tolist()
         self._looked_up = [*reach, *_NOTHING[len(reach) :]]
         return chances
 
     def sharpness(self, picker):
         if picker.knows_pick or not picker.do_sample:
-            return self._sharpness_of(picker.do_sample)
+            return self.draft.sharpness
         return 1.0
-
-    def _sharpness_of(self, sampled: bool) -> float:
-        prior = COUPLED_SHARPNESS if sampled else GREEDY_SHARPNESS
-        return self._sharpness.setdefault(self._kind, prior)
 
     def wants_draft(self, lookup_scores):
         self._exploring = False
@@ -330,10 +277,10 @@ class AutoPolicy(Policy):
 
     def _draft_gains(self) -> bool:
         """Whether asking the draft has gained anything lately, its taking in of prompts paid."""
-        if self.draft_gain.hardly_known and self._draft_rounds:
+        if self.draft.gain.hardly_known and self._draft_rounds:
             return True
         catch_up = self._catch_up_ms() / self._lasting_rounds()
-        gained = self.draft_gain.value - _LEAST_GAIN
+        gained = self.draft.gain.value - _LEAST_GAIN
         return gained * (self.now.plain_ms or 0.0) > catch_up
 
     def _trial_ms(self) -> float:
@@ -355,7 +302,7 @@ class AutoPolicy(Policy):
 
         root, level = self._draft_ms()
         root += self._catch_up_ms() / self._lasting_rounds()
-        chance, later = self.draft_first.hopeful, self.draft_later.hopeful
+        chance, later = self.draft.first.hopeful, self.draft.later.hopeful
         best, tokens, narrow = -math.inf, 0.0, verify(alone)
         for levels, looked_up in enumerate(self._looked_up, 1):
             tokens += (1.0 - looked_up) * chance
@@ -409,7 +356,7 @@ class AutoPolicy(Policy):
         if self._exploring and self._depth + 1 >= _PROBE_LEVELS:
             return False  # nor is more than a probe spent on a trial
         # a draft that is mostly wrong of late is no longer taken at its word
-        trust = min(1.0, self.draft_first.hopeful / _TRUSTED) * self.draft_later.value
+        trust = min(1.0, self.draft.first.hopeful / _TRUSTED) * self.draft.later.value
         # what lookups and the draft both propose may be promised twice
         reached = [min(sum(map(math.exp, row)), 1.0) for row in scores.tolist()]
         promised = self._shared(reached) * trust
@@ -477,7 +424,7 @@ class AutoPolicy(Policy):
         predicted = self._predicted(outcome)
         lost = self._observe_rate(outcome, predicted)
         self._observe_costs(outcome)
-        looked, brought = outcome.match_lengths is not None, self._brought(outcome)
+        looked, brought = outcome.match_lengths is not None, outcome.brought_by_lookups()
         scores = outcome.tree.scores.tolist()
         for path, of_row in zip(outcome.paths, scores):
             self.promises.learn_places(path, of_row)
@@ -486,7 +433,8 @@ class AutoPolicy(Policy):
         if outcome.draft_levels:
             self._learn_draft_gain(outcome, predicted)
             self._learn_draft_cost(outcome, looked)
-            self._learn_draft(outcome, scores)
+            self.draft.learn(outcome, scores)
+            self._learn_levels(outcome)
             self._draft_purse.pay(lost, self._exploring)
             if outcome.tree.lookup is not None:
                 beside = self._lost_beside(brought, outcome.draft_levels)
@@ -499,7 +447,7 @@ class AutoPolicy(Policy):
             # asking costs a share of a short round, and what did not help is not likely to do so
             # one token later
             rest = _REST_ROUNDS if looked else _IDLE_ROUNDS
-            self._rest = rest if self.lookup_gain.value < _REPEATS else 0
+            self._rest = rest if self.lookups.gain.value < _REPEATS else 0
         drafted = "draft" if outcome.draft_levels else "lookup" if outcome.num_nodes > 1 else ""
         self._rounds[drafted or "plain"] += 1
 
@@ -626,68 +574,18 @@ class AutoPolicy(Policy):
                 tokens[row] -= sum(looked_up[row][node] for node in path)
             alone_ms = self.predict_round_ms(self._nodes_alone, 0, True) or plain_ms
         saved = self._shared(tokens) - (min(spent, 2.0 * usual) - alone_ms) / plain_ms
-        self.draft_gain.add(min(max(saved, -_MOST_GAINED), _MOST_GAINED))
+        self.draft.gain.add(min(max(saved, -_MOST_GAINED), _MOST_GAINED))
 
-    def _learn_draft(self, outcome: Outcome, scores: list[list[float]]) -> None:
-        # plain lists: a tree is small, and every call of numpy would find cold code
-        tree = outcome.tree
-        expanded, parents = tree.draft_rows.tolist(), tree.parents.tolist()
+    def _learn_levels(self, outcome: Outcome) -> None:
+        parents = outcome.tree.parents.tolist()
         for row, path in enumerate(outcome.paths):
-            children: dict[int, list[int]] = {}
-            for node, parent in enumerate(parents[row]):
-                children.setdefault(parent, []).append(node)
-            self.promises.learn_levels(len(path), path[-1] not in children, self._found)
-            for node, following in zip(path, [*path[1:], None]):
-                if expanded[row][node] < 0 or node not in children:
-                    break  # where no child was verified, that tells nothing
-                self._learn_children(children[node], following, scores[row], node)
-
-    def _learn_children(
-        self, children: list[int], following: int | None, scores: list[float], node: int
-    ) -> None:
-        """Which child of a node that the draft expanded was right, if any."""
-        ordered = sorted(children, key=lambda child: -scores[child])
-        rank = ordered.index(following) if following is not None else -1
-        for place, belief in enumerate(self.ranks):
-            belief.add(float(place == rank))
-        hit = float(following is not None)
-        (self.draft_first if node == 0 else self.draft_later).add(hit)
-        expected = sum(math.exp(scores[child] - scores[node]) for child in children)
-        factor = self._sharpness_of(self._sampled) * math.exp(0.05 * (hit - min(expected, 1.0)))
-        self._sharpness[self._kind] = min(max(factor, 0.5), 6.0)
+            self.promises.learn_levels(len(path), path[-1] not in parents[row], self._found)
 
     def _learn_lookup(self, outcome: Outcome, brought: list[int]) -> None:
-        assert outcome.match_lengths is not None
-        if outcome.tree.lookup is None:
-            self.lookup_gain.add(0.0)
-            return
-        lookup = outcome.tree.lookup.numpy(force=True)
-        parents = outcome.tree.parents.numpy(force=True)
-        for row, (path, kept) in enumerate(zip(outcome.paths, brought)):
-            slot = min(outcome.match_lengths[row], len(LOOKUP_PRIOR) - 1)
-            if slot == 0:
-                continue
-            self.match_gain[slot].add(kept)
-            self.match_beyond[slot].add(max(kept - self._best_levels, 0))
-            offered = set(parents[row][lookup[row]].tolist())
-            for right, node in enumerate(path[: kept + 1]):
-                if node not in offered:
-                    break
-                length = min(outcome.match_lengths[row] + right, len(LOOKUP_PRIOR) - 1)
-                self.lookup_first[length].add(float(node != path[kept]))
-        self.lookup_gain.add(self._shared(brought))
-        self._look_ahead(max(brought))
-
-    @staticmethod
-    def _brought(outcome: Outcome) -> list[int]:
-        """Tokens of every row's path that lookups proposed, up to the first that they did not."""
-        if outcome.tree.lookup is None:
-            return [0] * len(outcome.paths)
-        brought = []
-        for path, lookup in zip(outcome.paths, outcome.tree.lookup.tolist()):
-            wrong = [at for at, node in enumerate(path[1:]) if not lookup[node]]
-            brought.append(wrong[0] if wrong else len(path) - 1)
-        return brought
+        self.lookups.gain.add(self._shared(brought))
+        if outcome.tree.lookup is not None:
+            self.lookups.learn(outcome, brought, self._best_levels)
+            self._look_ahead(max(brought))
 
     def _look_ahead(self, brought: int) -> None:
         """Chooses the length of the next continuation by how much of the last one was right."""
@@ -702,11 +600,11 @@ class AutoPolicy(Policy):
             return []
         listed = [whatif.plain(costs)]
         if self.lookup_length:
-            tokens = 1.0 + self.lookup_gain.value
+            tokens = 1.0 + self.lookups.gain.value
             round_ms = costs.predict_round_ms(12, lookup=True)
             listed.append(whatif.Prediction("lookup, 12 nodes", 12, 0, tokens, round_ms))
         if self.with_model and costs.level_ms:
-            ranks = [belief.value for belief in self.ranks]
+            ranks = [belief.value for belief in self.draft.ranks]
             listed.append(whatif.fastest(whatif.chains(costs, ranks[0], self.max_depth)))
             grown = whatif.trees(costs, ranks, 6, _NODE_SIZES[1:], FRONTIER_WIDTH)
             if grown:
@@ -737,14 +635,15 @@ class AutoPolicy(Policy):
             root, level = self._draft_ms()
             lines.append(
                 f"draft: {root:.2f} ms for the first level, {level:.2f} ms for another, "
-                f"the right token among the root's children in {self.draft_first.value:.0%}, "
-                f"among a later node's in {self.draft_later.value:.0%}, sharpness "
-                f"{self._sharpness_of(self._sampled):.1f}"
+                f"the right token among the root's children in {self.draft.first.value:.0%}, "
+                f"among a later node's in {self.draft.later.value:.0%}, sharpness "
+                f"{self.draft.sharpness:.1f}"
             )
         if self.lookup_length:
-            found = ", ".join(f"{k}: {b.value:.0%}" for k, b in enumerate(self.lookup_first) if k)
+            right = enumerate(self.lookups.next_right)
+            found = ", ".join(f"{length}: {b.value:.0%}" for length, b in right if length)
             lines.append(
-                f"lookup: {now.lookup.value or 0.0:.2f} ms, {self.lookup_gain.value:.2f} tokens "
+                f"lookup: {now.lookup.value or 0.0:.2f} ms, {self.lookups.gain.value:.2f} tokens "
                 f"brought when asked, right first token by match length {found}"
             )
         return "\n".join(lines)

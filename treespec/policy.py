@@ -76,6 +76,16 @@ class Outcome:
     recording_ms: float = 0.0
     warming: bool = False
 
+    def brought_by_lookups(self) -> list[int]:
+        """Tokens of every row's path that lookups proposed, up to the first that they did not."""
+        if self.tree.lookup is None:
+            return [0] * len(self.paths)
+        brought = []
+        for path, lookup in zip(self.paths, self.tree.lookup.tolist()):
+            wrong = [at for at, node in enumerate(path[1:]) if not lookup[node]]
+            brought.append(wrong[0] if wrong else len(path) - 1)
+        return brought
+
 
 class Policy:
     """Grows nothing, verifies the root alone: plain decoding."""

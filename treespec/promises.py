@@ -44,8 +44,16 @@ class Promises:
         self.by_place = [Belief(share, 8.0, 0.97, _PRIOR_COUNT) for share in _BY_PLACE]
         self.levels: list[float] = []
 
-    def beliefs(self) -> list[Belief]:
-        return [*self.by_level[False], *self.by_level[True], *self.by_place]
+    def begin(self, kind: int, like: int) -> None:
+        """A new text begins.
+
+        Args:
+            kind: of text.
+            like: another kind, which may tell something of this one.
+        """
+        for belief in (*self.by_level[False], *self.by_level[True], *self.by_place):
+            belief.begin(kind)
+            belief.hope(like)
 
     def of_level(self, level: int, beside: bool) -> Belief:
         """

@@ -325,6 +325,12 @@ def _temperature(text: str) -> float:
     return value
 
 
+def _warm_ups(text: str) -> int:
+    if not text.isascii() or not text.isdigit():
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0; got {text!r}")
+    return int(text)
+
+
 def _add_common(parser, positive: Callable[[str], int], prompts: str, samples: int, tokens: int):
     add = parser.add_argument
     add("--target", default="demo", help="directory or hub name (default: the bundled target)")
@@ -338,7 +344,13 @@ def _add_common(parser, positive: Callable[[str], int], prompts: str, samples: i
     add("--prompts", default=prompts, choices=PROMPTS, help=f"prompt set (default: {prompts})")
     add("--samples", type=positive, default=samples, metavar="N", help=f"default: {samples}")
     add("--new-tokens", type=positive, default=tokens, metavar="N", help=f"default: {tokens}")
-    add("--warm-ups", type=positive, default=2, metavar="N", help="untimed prompts (default: 2)")
+    add(
+        "--warm-ups",
+        type=_warm_ups,
+        default=2,
+        metavar="N",
+        help="untimed prompts (default: 2); with 0 what a process writes first is timed",
+    )
     add(
         "--minutes",
         type=_minutes,
