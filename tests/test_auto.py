@@ -1060,6 +1060,17 @@ def test_lookups_beside_a_draft_are_charged_to_their_own_purse():
         assert lost == pytest.approx(1.3 - further / policy.rate)
 
 
+def test_lookups_are_expected_to_bring_half_as_much_in_sampled_text():
+    policy, believed = tuned(), []
+    for sampled in (False, True):
+        policy.begin(40, sampled)
+        lookups = policy.lookups
+        by_length = (*lookups.next_right, *lookups.by_match, *lookups.beyond)
+        believed.append([belief.value for belief in by_length])
+    greedy, drawn = believed
+    assert drawn == pytest.approx([0.5 * value for value in greedy]) and max(greedy) > 0.5
+
+
 def test_tokens_that_the_draft_would_have_had_too_are_not_beyond_it():
     policy = tuned()
     policy.begin_round([500])
