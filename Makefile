@@ -17,7 +17,7 @@ lint: $(VENV)/dev.ok ; $(BIN)/python -m ruff check .
 typecheck: $(VENV)/dev.ok ; $(BIN)/python -m mypy
 bench: $(VENV)/bench.ok ; $(BIN)/python -m pytest benchmarks --benchmark-json=benchmarks/out.json $(ARGS)
 gpu-suite: $(VENV)/bench.ok ; $(BIN)/python benchmarks/gpu_suite.py $(ARGS)
-gpu-sanitize: $(VENV)/test.ok ; for t in memcheck racecheck initcheck; do compute-sanitizer --tool $$t --error-exitcode 1 $(BIN)/python -m pytest tests/kernels -q -m "not compile" $(ARGS) || exit 1; done
+gpu-sanitize: $(VENV)/test.ok ; for t in memcheck racecheck initcheck; do compute-sanitizer --tool $$t --error-exitcode 1 $(BIN)/python -m pytest tests/kernels -q -m gpu $(ARGS) || exit 1; done
 compile-triton36: $(VENV36)/test.ok ; $(VENV36)/bin/python benchmarks/kernel_sheet.py --check-compiles && $(VENV36)/bin/python -m pytest -m compile $(ARGS)
 sheet: $(VENV)/test.ok ; $(BIN)/python benchmarks/kernel_sheet.py
 picture: ; $(PYTHON) docs/make_picture.py

@@ -35,16 +35,15 @@ _CONFIGS = {
 }
 
 
-def _model(kind: str):
+def _model(kind: str, device: torch.device):
     torch.manual_seed(3)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **_CONFIGS[kind])).eval()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device)
 
 
 @pytest.mark.parametrize("kind", list(_CONFIGS))
-def test_text_is_identical_through_the_kernel(kind, monkeypatch):
-    target = _model(kind)
+def test_text_is_identical_through_the_kernel(kind, device, monkeypatch):
+    target = _model(kind, device)
     # the draft agrees with the target, so that paths of several nodes are accepted
     spec = TreeSpeculator(
         target, [copy.deepcopy(target), "ngram"], BestFirstTree(6, 2, 2), attention="triton"
@@ -71,9 +70,8 @@ def test_text_is_identical_through_the_kernel(kind, monkeypatch):
     assert "Triton kernel" in spec.explain()
 
 
-def test_demo_pair_is_identical_through_the_kernel():
+def test_demo_pair_is_identical_through_the_kernel(device):
     target, draft, tokenizer = load_demo_pair()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     target, draft = target.to(device), draft.to(device)
     spec = TreeSpeculator(target, draft, BestFirstTree(4, 1, 3), attention="triton")
     ids = tokenizer("The river rises in the hills and", return_tensors="pt").input_ids.to(device)
@@ -81,10 +79,10 @@ def test_demo_pair_is_identical_through_the_kernel():
     assert torch.equal(spec.generate(ids, **options), target.generate(ids, **options))
 
 
-def test_a_causal_mask_instead_of_the_tree_is_seen(monkeypatch):
+def test_a_causal_mask_instead_of_the_tree_is_seen(device, monkeypatch):
     """The same run with every earlier node visible: siblings leak, and the attachment check refuses
     the model."""
-    target = _model("gpt_neox")
+    target = _model("gpt_neox", device)
     pack = hf.pack_bits
     monkeypatch.setattr(hf, "pack_bits", lambda visible: pack(torch.ones_like(visible).tril()))
     # the dense mask, made by PyTorch, still serves the model
