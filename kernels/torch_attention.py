@@ -179,7 +179,8 @@ def biased_attention(
     batch, q_heads, num_nodes, head_dim = q.shape
     kv_heads = k.shape[1]
     group = q_heads // kv_heads
-    plain = softcap is None and sinks is None
+    # on a GPU, PyTorch's attention gave zeros for a float32 bias beside 16-bit queries
+    plain = softcap is None and sinks is None and (bias.dtype == q.dtype or not q.is_cuda)
     if bias.shape[2] != group * num_nodes:
         if plain and not packs_heads(q, kv_heads, k.shape[2]):
             return F.scaled_dot_product_attention(

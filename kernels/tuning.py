@@ -55,7 +55,8 @@ class TreeAttentionConfig:
         block_rows: Packed query rows (node x group member) of one program.
         block_slots: Cache rows of one tile.
         num_warps: Warps of one program.
-        num_stages: Tiles in flight in the prefix loop.
+        num_stages: Tiles in flight in the prefix loop, at least 2: with 1, Triton 3.6 made kernels
+            for sm_90 that gave wrong results in blocks of 64 rows.
         num_splits: Upper bound on the parts the cache is cut into; the device clamps it to the
             tiles there are.
         min_tiles: Tiles a part should hold at least.
@@ -67,6 +68,10 @@ class TreeAttentionConfig:
     num_stages: int
     num_splits: int
     min_tiles: int = 2
+
+    def __post_init__(self) -> None:
+        if self.num_stages < 2:
+            raise ValueError(f"num_stages must be at least 2; got {self.num_stages}")
 
 
 def chip_for(capability: int) -> tuple[int, Chip]:

@@ -19,7 +19,7 @@ from treespec import hf
 # Absolute slack per dtype, on top of twice the error that the reference itself makes at that dtype.
 ATOL = {torch.float32: 2e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 PATHS = ["torch", "triton"]
-SMALL_TILES = TreeAttentionConfig(16, 32, 4, 1, num_splits=3, min_tiles=1)
+SMALL_TILES = TreeAttentionConfig(16, 32, 4, 2, num_splits=3, min_tiles=1)
 
 
 def bits_of(rows: list[list[int]], num_nodes: int) -> torch.Tensor:
@@ -234,8 +234,24 @@ def test_every_head_dimension(path, dims, device):
 @pytest.mark.parametrize("dims", [(80, 80), (96, 40), (64, 96)])
 def test_two_piece_head_dimensions(dims, device):
     case = Case([70], 33, heads=(2, 1), dims=dims, seed=dims[1])
-    config = TreeAttentionConfig(64, 32, 4, 1, num_splits=2, min_tiles=1)
+    config = TreeAttentionConfig(64, 32, 4, 2, num_splits=2, min_tiles=1)
     assert_matches(case.run("triton", torch.float16, device, config=config), case, torch.float16)
+
+
+def test_one_stage_is_refused():
+    with pytest.raises(ValueError, match="num_stages must be at least 2; got 1"):
+        TreeAttentionConfig(64, 32, 4, 1, num_splits=2)
+
+
+# The rows of a program are 16, 32, 64 and 128, each with tiles of its own.
+@pytest.mark.parametrize("dims", [(64, 64), (80, 80), (96, 96), (128, 128), (256, 256)])
+@pytest.mark.parametrize("heads, num_nodes", [((2, 1), 11), ((4, 2), 30), ((8, 2), 30)])
+def test_every_block_of_rows(heads, num_nodes, dims, device):
+    if device.type == "cpu":
+        pytest.skip("the interpreter computes all of them alike")
+    case = Case([200], num_nodes, heads=heads, dims=dims, seed=dims[0])
+    for dtype in (torch.float16, torch.bfloat16):
+        assert_matches(case.run("triton", dtype, device), case, dtype)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -275,7 +291,7 @@ def test_features_alone_and_in_pairs(path, names, device):
 )
 def test_split_counts(num_splits, names, device):
     case = Case([131, 0, 40], 21, heads=(2, 1), dims=(16, 16), seed=6)
-    config = TreeAttentionConfig(32, 32, 4, 1, num_splits=num_splits, min_tiles=1)
+    config = TreeAttentionConfig(32, 32, 4, 2, num_splits=num_splits, min_tiles=1)
     options = case.options(names)
     got = case.run("triton", torch.float16, device, config=config, **options)
     assert_matches(got, case, torch.float16, **options)
@@ -312,7 +328,7 @@ def test_generated_cases(data, device):
         draw(st.sampled_from([16, 64])),
         draw(st.sampled_from([32, 64])),
         4,
-        1,
+        2,
         draw(st.integers(1, 5)),
         min_tiles=1,
     )

@@ -39,9 +39,10 @@ def test_named_shapes(shape, implementation, device):
     if implementation == "triton" and device.type == "cpu" and shape == "chain_256":
         pytest.skip("32,896 interpreted steps take minutes; binary_256 has as many nodes")
     parents, num_nodes = torch.tensor([SHAPES[shape]]), torch.tensor([len(SHAPES[shape])])
-    same([ops.ancestor_bits(parents, num_nodes, implementation=implementation)],
+    there = parents.to(device), num_nodes.to(device)
+    same([ops.ancestor_bits(*there, implementation=implementation).cpu()],
          [reference.ancestor_bits(parents, num_nodes)])  # fmt: skip
-    same([ops.node_depths(parents, num_nodes, implementation=implementation)],
+    same([ops.node_depths(*there, implementation=implementation).cpu()],
          [reference.node_depths(parents, num_nodes)])  # fmt: skip
 
 
