@@ -1,0 +1,86 @@
+"""Is text on this GPU the target's own? The bundled pair in float32, by both attention paths.
+
+    python benchmarks/lossless_on_gpu.py
+
+A line for every attention path and shape: greedy texts identical to `target.generate`, sampled
+texts identical to plain decoding of the same seed, a ragged batch, and `self_check`, which holds
+the logits of random trees against those of sequences. Exit code 1 if anything differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import torch
+
+from treespec import BestFirstTree, Chain, TreeSpeculator
+from treespec.bench.methods import Task
+from treespec.bench.models import load_pair
+from treespec.bench.prompts import suite_tasks
+
+_SETTINGS = {
+    "target": "demo",
+    "draft": "demo",
+    "sized": None,
+    "dtype": "float32",
+    "draft_weights": "trained",
+}
+_NEW_TOKENS = 48
+
+
+def options(task: Task, **more) -> dict:
+    found = {"attention_mask": task.attention_mask, "max_new_tokens": _NEW_TOKENS}
+    return found | {"do_sample": False, "eos_token_id": None, "pad_token_id": 0} | more
+
+
+def check(pair, name: str, draft, tree, attention: str) -> tuple[bool, str]:
+    """Whether all texts were identical, and a line that says so."""
+    spec = TreeSpeculator(pair.target, draft, tree, attention=attention)
+    base = TreeSpeculator(pair.target, None, attention=attention)
+    tasks = suite_tasks(pair, "dev", 1, _NEW_TOKENS, 0.0, 1)[:4]
+    greedy = sampled = 0
+    for task in tasks:
+        ids = task.input_ids
+        truth = pair.target.generate(ids, **options(task))
+        greedy += torch.equal(spec.generate(ids, **options(task)), truth)
+        drawn = options(task, do_sample=True, temperature=1.0, top_k=0)
+        truth = base.generate(ids, seed=7, **drawn)
+        sampled += torch.equal(spec.generate(ids, seed=7, **drawn), truth)
+    several = suite_tasks(pair, "dev", 1, _NEW_TOKENS, 0.0, 4)[0]
+    truth = pair.target.generate(several.input_ids, **options(several))
+    batch = torch.equal(spec.generate(several.input_ids, **options(several)), truth)
+    passed = spec.self_check(tasks[-1].input_ids).passed if draft is not None else True
+    line = (
+        f"{attention} {name}: greedy {greedy}/{len(tasks)}, sampled {sampled}/{len(tasks)}, "
+        f"batch {batch}, self_check {passed}"
+    )
+    return greedy == sampled == len(tasks) and batch and passed, line
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda")
+    device = torch.device(parser.parse_args().device)
+    pair = load_pair(_SETTINGS, device)
+    on_gpu = device.type == "cuda"
+    print(torch.cuda.get_device_name() if on_gpu else device, torch.__version__)
+    shapes = {
+        "plain": (None, "auto"),
+        "auto": (pair.draft, "auto"),
+        "best-first 12/4/3": (pair.draft, BestFirstTree(12, 4, 3)),
+        "lookup 24/10/8": ("ngram", BestFirstTree(24, 10, 8)),
+        "linear K=4": (pair.draft, Chain(4)),
+    }
+    same = True
+    for attention in ("torch", "triton") if on_gpu else ("torch",):
+        for name, (draft, tree) in shapes.items():
+            started = time.perf_counter()
+            passed, line = check(pair, name, draft, tree, attention)
+            print(f"{line} ({time.perf_counter() - started:.0f} s)", flush=True)
+            same &= passed
+    return 0 if same else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
