@@ -330,7 +330,7 @@ def test_info(capsys):
     assert report["devices"][0]["device"] == "cpu"
     works = {path["path"]: path["works"] for path in report["paths"]}
     assert works['attention="torch"'] is True
-    assert works["cuda_graphs=True"] is False, "refused by name until it is built"
+    assert works["cuda_graphs=True"] is torch.cuda.is_available()
     assert all(path["reason"] for path in report["paths"])
     assert cli.main(["info"]) == 0
     out = capsys.readouterr().out

@@ -112,6 +112,11 @@ CONSTRUCTION = [
     ({"sampling": None}, ValueError, r"^sampling must be one of .*; got None"),
     ({"attention": "flash"}, ValueError, r"^attention must be one of .*; got 'flash'"),
     ({"cuda_graphs": "yes"}, ValueError, r"^cuda_graphs must be one of .*; got 'yes'"),
+    (
+        {"cuda_graphs": True},
+        ValueError,
+        r"^cuda_graphs=True needs the target on a CUDA device; it is on cpu",
+    ),
     ({"cuda_graphs": 1}, ValueError, r"^cuda_graphs must be one of .*; got 1"),
     ({"capture": "no"}, ValueError, r"^capture must be one of .*; got 'no'"),
 ]

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from treespec.sampling import TokenPicker
+from treespec.transfer import on_device
 from treespec.tree import Tree
 
 
@@ -99,9 +100,7 @@ def _cut(
     if tokens[-1] < 0:
         raise picker.cannot_pick(logits[path[-1]], text.position + len(path) - 1)
     count = min(len(tokens), text.max_tokens)
-    text.ids[0, text.length : text.length + count] = torch.tensor(
-        tokens[:count], device=text.ids.device
-    )
+    text.ids[0, text.length : text.length + count] = on_device(tokens[:count], text.ids.device)
     verdict = RowVerdict(path=[], tokens=[])
     for step in range(count):
         verdict.path.append(path[step])

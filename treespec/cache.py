@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from treespec.kernels import ops
+from treespec.transfer import on_device
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,8 @@ class TreeCache:
         # a sequence that keeps nothing leaves its first node where it is
         kept = [path or [0] for path in paths]
         longest = max(map(len, kept))
-        padded = torch.tensor([path + [-1] * (longest - len(path)) for path in kept])
-        ends = torch.tensor([len(path) - 1 for path in kept])
+        padded = [path + [-1] * (longest - len(path)) for path in kept]
+        ends = [len(path) - 1 for path in kept]
         for device in {spec.device for spec in self._storage}:
             layers = [
                 (keys[: self._active].flatten(1, 2), values[: self._active].flatten(1, 2))
@@ -135,8 +136,8 @@ class TreeCache:
             ]
             ops.compact_kv(
                 layers,
-                padded.to(device),
-                ends.to(device),
-                torch.tensor(starts, device=device),
+                on_device(padded, device),
+                on_device(ends, device),
+                on_device(starts, device),
                 implementation=self._implementation,
             )

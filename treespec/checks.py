@@ -4,12 +4,16 @@ what was expected, what came."""
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from treespec import graphs
 from treespec.sources import DraftSource, OneShotSource
+
+if TYPE_CHECKING:
+    from treespec.model import TreeModel
 
 _SEED_LIMIT = 1 << 63
 
@@ -62,6 +66,19 @@ def draft_parts(draft: Any, target: PreTrainedModel) -> list:
     if models > 1:
         raise NotImplementedError(f"draft: at most one model can draft at a time; got {models}")
     return parts
+
+
+def on_gpu(cuda_graphs: bool | str, target: PreTrainedModel) -> None:
+    device = target.get_input_embeddings().weight.device
+    if cuda_graphs is True and not graphs.runs_on(device):
+        raise ValueError(f"cuda_graphs=True needs the target on a CUDA device; it is on {device}")
+
+
+def graphs_captured(model: TreeModel) -> None:
+    if model.recording_reason is not None:
+        raise ValueError(
+            f"cuda_graphs=True cannot capture the {model.role}: {model.recording_reason}"
+        )
 
 
 def drawn_drafts(rule: str, parts: list) -> None:

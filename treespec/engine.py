@@ -14,11 +14,13 @@ from dataclasses import dataclass, field
 import torch
 
 from treespec.acceptance import RowText, RowVerdict, decide, walk
+from treespec.laps import Laps
 from treespec.model import PREFILL_CHUNK, TreeModel
 from treespec.policy import Outcome, Policy
 from treespec.sampling import TokenPicker
 from treespec.sources.base import DraftSource, OneShotSource, Sequences, StepwiseSource
 from treespec.stats import RowStats, SpeculationStats
+from treespec.transfer import on_device
 from treespec.tree import Growth, Tree, root_only, round_up_nodes, sibling_counts
 
 
@@ -81,6 +83,7 @@ class Engine:
         self.drafts = [source for source in sources if isinstance(source, StepwiseSource)]
         self.sources = [*self.lookups, *self.drafts]
         self.policy = policy
+        self._laps = Laps(target.device)
         self.stats = SpeculationStats()
         self._request: Request | None = None
 
@@ -183,17 +186,19 @@ class Engine:
                     source.drop_row(row)
 
     def _round(self, request: Request) -> list[tuple[int, list[int]]]:
-        clock = time.perf_counter()
+        started = time.perf_counter()
+        self._laps.start()
         self.target.rounds_ahead = self._rounds_ahead()
         self.target.start_round()
         budgets = [request.max_new_tokens - len(row.new_tokens) for row in self._active]
         tree, match_lengths, levels = self._grow(request.picker, budgets)
-        grown = time.perf_counter()
+        self._laps.mark()
         tree, logits = self._verify(tree)
-        verified = time.perf_counter()
+        self._laps.mark()
         verdicts = self._decide(request, tree, logits, budgets)
         news = self._commit(request, tree, verdicts)
-        committed = time.perf_counter()
+        total_ms = 1e3 * (time.perf_counter() - started)
+        draft_ms, verify_ms = self._laps.read()
         asked = self.drafts if levels else []
         drafts_recorded = sum(source.recording_ms for source in asked)
         recorded = self.target.recording_ms
@@ -202,9 +207,9 @@ class Engine:
             paths=[verdict.path for verdict in verdicts],
             match_lengths=match_lengths,
             draft_levels=levels if tree.draft_rows is not None else 0,
-            draft_ms=1e3 * (grown - clock) - drafts_recorded,
-            verify_ms=1e3 * (verified - grown) - recorded,
-            total_ms=1e3 * (committed - clock) - drafts_recorded - recorded,
+            draft_ms=draft_ms - drafts_recorded,
+            verify_ms=verify_ms - recorded,
+            total_ms=total_ms - drafts_recorded - recorded,
             num_nodes=tree.tokens.shape[1],
             new_tokens=sum(len(tokens) for _, tokens in news),
             sampled=request.picker.do_sample,
@@ -217,9 +222,9 @@ class Engine:
         )
         self.policy.observe(outcome)
         self._count(outcome)
-        self.stats.draft_ms += 1e3 * (grown - clock)
-        self.stats.verify_ms += 1e3 * (verified - grown)
-        self.stats.commit_ms += 1e3 * (committed - verified)
+        self.stats.draft_ms += draft_ms
+        self.stats.verify_ms += verify_ms
+        self.stats.commit_ms += total_ms - draft_ms - verify_ms
         return news
 
     def _grow(self, picker: TokenPicker, budgets: list[int]) -> tuple[Tree, list[int] | None, int]:
@@ -321,7 +326,7 @@ class Engine:
         """The tree and its logits; of the roots alone if some node turned NaN, which would reach
         its siblings."""
         cache = self.target.cache
-        prefix = torch.tensor(cache.prefix_lens, device=tree.tokens.device).unsqueeze(1)
+        prefix = on_device(cache.prefix_lens, tree.tokens.device).unsqueeze(1)
         if tree.tokens.shape[1] > 1 and self.policy.may_record:
             self.target.rounds_ahead = None
         logits = self.target.forward(tree.tokens, prefix + tree.depths, tree.visible)
@@ -364,9 +369,7 @@ class Engine:
             state.logits += verdict.logits
             state.finished = verdict.ended or len(state.new_tokens) >= request.max_new_tokens
             length = self._lens[row]
-            self._tokens[row, length : length + kept] = torch.tensor(
-                tokens, device=self._tokens.device
-            )
+            self._tokens[row, length : length + kept] = on_device(tokens, self._tokens.device)
             self._lens[row] = length + kept
             share = self.stats.per_row[state.index]
             share.rounds += 1

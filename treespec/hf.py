@@ -29,6 +29,7 @@ from treespec.kernels.torch_attention import (
 )
 from treespec.rotary import Rotary
 from treespec.shapes import MAX_NODES
+from treespec.transfer import on_device
 from treespec.tree import pack_bits
 
 ATTENTION_NAME = "treespec"
@@ -71,6 +72,7 @@ class Forward:
         # a chain is prefill, where nodes are many and the prefix is short
         self.kernel = kernel and visible is not None and offset + num_nodes <= MAX_NODES
         self.rotary = rotary if self.kernel else None
+        self._prefix_lens: torch.Tensor | None = None
         self._starts: torch.Tensor | None = None
         self._packed: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self._bits: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
@@ -95,9 +97,14 @@ class Forward:
     def _row_starts(self) -> torch.Tensor:
         """int64 `[B]`, the row of the first of these tokens."""
         if self._starts is None:
-            starts = [prefix + self.offset for prefix in self.cache.prefix_lens]
-            self._starts = torch.tensor(starts, device=self.positions.device)
+            self._starts = self.prefix_lens() + self.offset
         return self._starts
+
+    def prefix_lens(self) -> torch.Tensor:
+        """int64 `[B]`, the committed rows, on the device."""
+        if self._prefix_lens is None:
+            self._prefix_lens = on_device(self.cache.prefix_lens, self.positions.device)
+        return self._prefix_lens
 
     def bias(self, mask_function: Callable, dtype: torch.dtype) -> torch.Tensor | None:
         """Additive mask `[B, 1, N, num_slots]` for one of the model's mask kinds; None where
@@ -202,7 +209,7 @@ class Forward:
                 len(self.visible), 1, 1
             )
             visible[:, self.offset :] = self.visible
-            prefix_lens = torch.tensor(self.cache.prefix_lens, device=self.visible.device)
+            prefix_lens = self.prefix_lens()
             self._bits = (
                 pack_bits(visible),
                 prefix_lens,
@@ -223,6 +230,12 @@ def forward_scope(forward: Forward) -> Iterator[None]:
         yield
     finally:
         _current = before
+
+
+def current_forward() -> Forward:
+    """The forward under way."""
+    assert _current is not None
+    return _current
 
 
 def current_rotary() -> Rotary | None:

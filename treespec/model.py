@@ -10,13 +10,16 @@ from collections.abc import Callable
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from treespec import hf, packing
+from treespec import graphs, hf, packing
 from treespec.cache import TreeCache
 from treespec.capture import Recorder, RecordingRefused, compile_recording
+from treespec.graphs import CapturedForward
 from treespec.kernels import ops
 from treespec.packing import PackedWeights, copy_bytes, pack_linears
 from treespec.rotary import NAME as ROTARY_NAME
 from treespec.rotary import FusedRotary, Rotary, WatchedRotary, rotary_modules, taken_over
+from treespec.shapes import MAX_NODES
+from treespec.transfer import on_device
 
 # Largest share by which a tree's logits may differ from a sequence's at attachment, in units of the
 # logits' spread.
@@ -26,7 +29,7 @@ _PROBE_TOLERANCE_16BIT = 0.25
 # another order).
 _REPLAY_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
 _REPLAY_TOLERANCE_16BIT = 0.05
-_MAX_RECORDED_NODES = 64
+_MOST_NODES_OF_A_RECORDING = 64
 # A recording costs about as much as it saves in this many calls, before any was made.
 _CALLS_THAT_PAY = 12
 PREFILL_CHUNK = 256
@@ -40,6 +43,7 @@ class TreeModel:
         model: a decoder-only causal LM of transformers.
         role: "target" or "draft"; names the argument in errors.
         record: record forwards on a CPU (docs/design/002-recorded-forwards.md).
+        graphs: capture forwards on a GPU (docs/design/007-captured-forwards.md).
         attention: "triton", "torch", or "auto" for Triton on a GPU where it can run.
 
     Raises:
@@ -48,7 +52,12 @@ class TreeModel:
     """
 
     def __init__(
-        self, model: PreTrainedModel, role: str, record: bool = True, attention: str = "auto"
+        self,
+        model: PreTrainedModel,
+        role: str,
+        record: bool = True,
+        attention: str = "auto",
+        graphs: bool = False,
     ) -> None:
         self.model = model
         self.role = role
@@ -62,9 +71,9 @@ class TreeModel:
         self.rotary: Rotary | None = None
         self.rotary_reason = "left to the model; only the Triton path takes it over"
         self.cache: TreeCache | None = None
-        self.recording_reason = (
-            self._recording_obstacle() if record else "turned off by capture=False"
-        )
+        self._records, self._captures = record, graphs
+        self._graph_pool: tuple[int, int] | None = None
+        self.recording_reason = self._recording_obstacle()
         self._recordings: dict[tuple, _Recording] = {}
         self.rounds_ahead: float | None = None
         self.start_round()
@@ -88,6 +97,11 @@ class TreeModel:
         if self.kernel:
             return "triton"
         return "auto" if self.device.type == "cuda" and self._attention != "torch" else "torch"
+
+    @property
+    def on_graphs(self) -> bool:
+        """Whether what is recorded of forwards are CUDA graphs."""
+        return self._captures and graphs.runs_on(self.device)
 
     @property
     def device(self) -> torch.device:
@@ -130,8 +144,15 @@ class TreeModel:
             )
 
     def _recording_obstacle(self) -> str | None:
-        if self.device.type != "cpu":
+        if self.on_graphs:
+            if not self.kernel:
+                return f"graphs need the Triton kernels: {self.attention_reason}"
+            if len({weight.device for weight in self.model.parameters()}) > 1:
+                return "the model is on several devices"
+        elif self.device.type != "cpu":
             return f"recorded forwards are for CPUs; this model is on {self.device}"
+        elif not self._records:
+            return "turned off by capture=False"
         if any(m._forward_hooks or m._forward_pre_hooks for m in self.model.modules()):
             return "the model has forward hooks, which a recording would skip"
         if any(type(m).__module__.partition(".")[0] == "peft" for m in self.model.modules()):
@@ -216,7 +237,7 @@ class TreeModel:
             self.rotary_reason = self._watch_and_fuse(probe)
         except Exception as failure:
             self.rotary, self.rotary_reason = None, f"{type(failure).__name__}: {failure}"
-        if self.rotary is None:
+        if self.rotary is None or self.on_graphs:
             self.recording_reason = recording
 
     def _watch_and_fuse(self, probe: Callable[[], torch.Tensor]) -> str:
@@ -257,6 +278,10 @@ class TreeModel:
             self.cache.reset()
         else:
             self.cache = None
+            if self.on_graphs:
+                # they know the rows by address
+                self._recordings.clear()
+                capacity = graphs.roomy(capacity)
             self.cache = TreeCache(self._specs, batch, capacity, self.implementation)
         self._facade = hf.cache_facade(
             self.cache, self._layer_rows, self._placeholders, whole=self.route == "interface"
@@ -328,7 +353,7 @@ class TreeModel:
             missing
         ) > 0:
             width = min(max(missing), PREFILL_CHUNK)
-            start = torch.tensor(prefix_lens, device=tokens.device).unsqueeze(1)
+            start = on_device(prefix_lens, tokens.device).unsqueeze(1)
             index = (start + torch.arange(width, device=tokens.device)).clamp_max_(
                 tokens.shape[1] - 1
             )
@@ -339,7 +364,7 @@ class TreeModel:
         """Forwards `[B, N]` tokens that follow each prefix one after another; logits of the last
         one (or of all)."""
         steps = torch.arange(tokens.shape[1], device=tokens.device)
-        prefix = torch.tensor(self.cache.prefix_lens, device=tokens.device)
+        prefix = on_device(self.cache.prefix_lens, tokens.device)
         positions = prefix[:, None] + steps
         if self.position_limit:
             positions = positions.clamp_max(self.position_limit - 1)
@@ -389,9 +414,10 @@ class TreeModel:
                 f"{self.role}: {call.num_slots} rows needed, {self.cache.capacity} allocated"
             )
         with hf.forward_scope(call):
-            if self.recording_reason is not None or num_nodes > _MAX_RECORDED_NODES:
+            most = MAX_NODES if self.on_graphs else _MOST_NODES_OF_A_RECORDING
+            if self.recording_reason is not None or num_nodes > most:
                 return self._eager(tokens, positions)
-            return self._recorded_call(tokens, positions, call.sees_everything)
+            return self._recorded_call(tokens, positions)
 
     def _eager(self, tokens: torch.Tensor, positions: torch.Tensor, **kwargs) -> torch.Tensor:
         """The model's own forward, its linear layers in a type that the device multiplies."""
@@ -415,10 +441,10 @@ class TreeModel:
                 **kwargs,
             ).logits
 
-    def _recorded_call(
-        self, tokens: torch.Tensor, positions: torch.Tensor, unmasked: bool
-    ) -> torch.Tensor:
-        key = (*tokens.shape, unmasked)
+    def _recorded_call(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        call = hf.current_forward()
+        # a graph's shapes are all fixed, those of a recording's attention are not
+        key = (*tokens.shape, call.offset if self.on_graphs else call.sees_everything)
         recording = self._recordings.get(key)
         if recording is None:
             recording = self._recordings[key] = _Recording()
@@ -454,22 +480,17 @@ class TreeModel:
     ) -> torch.Tensor:
         """The first calls of a shape: record it, then hold the replay against the eager forward
         before trusting it."""
-        started = time.perf_counter()
+        started = self._clock()
         try:
             recorded = recording.replay is None
             if recorded:
-                with Recorder() as recorder:
-                    expected = self._call(tokens, positions)
-                steps = recorder.steps
-                if self._packed is not None:
-                    steps = pack_linears(steps, self._packed)
-                recording.replay = compile_recording(steps, [tokens, positions], expected)
+                recording.replay, expected = self._record(tokens, positions)
             else:
                 expected = self._eager(tokens, positions).clone()
             assert recording.replay is not None
-            eager_done = time.perf_counter()
+            eager_done = self._clock()
             replayed = recording.replay(tokens, positions)
-            replay_done = time.perf_counter()
+            replay_done = self._clock()
             error = _spread_error(replayed, expected)
             if not error <= _REPLAY_TOLERANCE.get(self.dtype, _REPLAY_TOLERANCE_16BIT):
                 raise RecordingRefused(
@@ -483,12 +504,36 @@ class TreeModel:
             self.settled = False
             return self._call(tokens, positions)
         replay_ms = 1e3 * (replay_done - eager_done)
-        spent_ms = 1e3 * (time.perf_counter() - started) - replay_ms
+        spent_ms = 1e3 * (self._clock() - started) - replay_ms
         self.recording_ms += spent_ms
         recording.spent_ms += spent_ms
         if not recorded:
             worth.note(recording.spent_ms, 1e3 * (eager_done - started) - replay_ms)
         return expected
+
+
+    def _record(
+        self, tokens: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[Callable[..., torch.Tensor], torch.Tensor]:
+        """A replay of the forward under way, and the logits it should give."""
+        if self.on_graphs:
+            expected = self._eager(tokens, positions).clone()
+            if self._graph_pool is None:
+                self._graph_pool = graphs.new_pool()
+            call = hf.current_forward()
+            return CapturedForward(call, tokens, self._eager, self._graph_pool), expected
+        with Recorder() as recorder:
+            expected = self._call(tokens, positions)
+        steps = recorder.steps
+        if self._packed is not None:
+            steps = pack_linears(steps, self._packed)
+        return compile_recording(steps, [tokens, positions], expected), expected
+
+    def _clock(self) -> float:
+        """Seconds, when the device is done with what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
 
 class _Recording:

@@ -89,11 +89,7 @@ def explain(spec: TreeSpeculator) -> str:
     fused = "fused with the cache write" if target.rotary is not None else "the model's own"
     lines.append(f"rotary embedding: {fused} ({target.rotary_reason})")
     lines.append(f"recorded forwards: {_recording_line(target)}")
-    lines.append(
-        "CUDA graphs: off; forwards run eagerly on a GPU"
-        if target.device.type == "cuda"
-        else "CUDA graphs: off, no GPU in use"
-    )
+    lines.append(f"CUDA graphs: {_graphs_line(target)}")
     limit = "none stated" if target.position_limit is None else f"{target.position_limit} positions"
     lines.append(
         f"limits: {limit}, {MAX_NODES} nodes a tree; beam search, recurrent and encoder-decoder "
@@ -118,11 +114,27 @@ def _attention_line(model: TreeModel) -> str:
 
 
 def _recording_line(model: TreeModel) -> str:
+    if model.on_graphs:
+        return "off: CUDA graphs take their place"
     if model.recording_reason is not None:
         return f"off: {model.recording_reason}"
     packed = model._packed.bytes >> 20 if model._packed is not None else 0
+    return f"{_recorded_shapes(model)}; {packed} MiB of prepacked weights"
+
+
+def _graphs_line(model: TreeModel) -> str:
+    if model.on_graphs and model.recording_reason is None:
+        return _recorded_shapes(model)
+    if model.on_graphs:
+        return f"off: {model.recording_reason}"
+    if model.device.type == "cuda":
+        return "off; cuda_graphs=True turns them on"
+    return "off, no GPU in use"
+
+
+def _recorded_shapes(model: TreeModel) -> str:
     shapes = sorted({key[1] for key in model._recordings})
-    return f"on; shapes so far: {shapes or 'none'} nodes; {packed} MiB of prepacked weights"
+    return f"on; shapes so far: {shapes or 'none'} nodes"
 
 
 @dataclass

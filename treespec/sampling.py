@@ -18,6 +18,7 @@ from transformers.generation import SuppressTokensLogitsProcessor, TopPLogitsWar
 
 from treespec.kernels import ops
 from treespec.kernels.warpers import Warpers, warped_scores
+from treespec.transfer import on_device
 from treespec.tree import Tree
 
 RULES = ("coupled", "target_only", "without_replacement", "traversal")
@@ -234,7 +235,7 @@ class TokenPicker:
         if self.noise is None:
             return ops.verify_greedy(*trees, implementation=self.implementation)
         assert self.warpers is not None
-        roots = torch.tensor(lens, device=logits.device).unsqueeze(1) - 1
+        roots = on_device(lens, logits.device).unsqueeze(1) - 1
         rejects = self.rejects and tree.draft_probs is not None
         noise = None
         if self.implementation == "torch" and not rejects:
@@ -249,7 +250,7 @@ class TokenPicker:
             drafting="sampled" if rejects else None,
             noise=noise,
             seed=self.noise.seed,
-            rows=torch.tensor(self.noise.row_ids, device=logits.device),
+            rows=on_device(self.noise.row_ids, logits.device),
             implementation=self.implementation,
             **self.warpers,
         )
@@ -303,7 +304,7 @@ class TokenPicker:
         logits = self._processed(logits)
         known: dict = {}
         if self.knows_pick:
-            places = torch.tensor(positions, device=logits.device).unsqueeze(1)
+            places = on_device(positions, logits.device).unsqueeze(1)
             known = self._keys(logits)
             known |= {"drafting": "coupled", "positions": places.expand(-1, logits.shape[1])}
             if self.implementation == "torch":
@@ -341,7 +342,7 @@ class TokenPicker:
             tokens and scores as of `children`, and float32 `[B, F, V]` what was drawn from.
         """
         logits = self._processed(logits)
-        roots = torch.tensor(lens, device=logits.device) - 1
+        roots = on_device(lens, logits.device) - 1
         tokens, scores = ops.draft_children(
             logits,
             parent_scores,
@@ -370,7 +371,7 @@ class TokenPicker:
 
     def _keys(self, logits: torch.Tensor) -> dict:
         """What the noise is keyed on, as arguments of `ops.draft_children`."""
-        rows = torch.tensor(self.noise.row_ids, device=logits.device)
+        rows = on_device(self.noise.row_ids, logits.device)
         return {"seed": self.noise.seed, "rows": rows}
 
     def drop_row(self, row: int) -> None:

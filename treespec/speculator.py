@@ -4,6 +4,7 @@ one forward."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,8 @@ class TreeSpeculator:
             no lookups; other text at the same seed. Greedy text is the same under all.
         attention: "triton" (an error where it cannot run), "torch", or "auto": Triton on a GPU,
             PyTorch elsewhere.
-        cuda_graphs: "auto" or False.
+        cuda_graphs: True captures the forwards of a round on a GPU as CUDA graphs (an error where
+            that cannot be); "auto" and False do not.
         capture: "auto" records small forwards on a CPU as straight lines of ATen calls; False turns
             that off.
 
@@ -77,25 +79,32 @@ class TreeSpeculator:
         checks.option("cuda_graphs", cuda_graphs, ("auto", True, False))
         checks.option("capture", capture, ("auto", True, False))
         checks.causal_lm("target", target)
-        if cuda_graphs is True:
-            raise NotImplementedError('cuda_graphs=True is not available yet; use "auto" or False')
+        checks.on_gpu(cuda_graphs, target)
         parts = checks.draft_parts(draft, target)
         if sampling in REJECTION_RULES:
             checks.drawn_drafts(sampling, parts)
         self.target = target
         self.tokenizer = tokenizer
         self.sampling = sampling
-        record = capture is not False
-        self._target = TreeModel(target, "target", record, attention)
+        ready = partial(
+            TreeModel,
+            record=capture is not False,
+            attention=attention,
+            graphs=cuda_graphs is True,
+        )
+        self._target = ready(target, "target")
         self._model = None
         lookups: list[OneShotSource] = []
         for part in parts:
             if isinstance(part, PreTrainedModel):
-                self._model = TreeModel(part, "draft", record, attention)
+                self._model = ready(part, "draft")
             elif isinstance(part, str):
                 lookups.append(NgramSource())
             else:
                 lookups.append(part)
+        if cuda_graphs is True:
+            for model in filter(None, (self._target, self._model)):
+                checks.graphs_captured(model)
         self.lookup_added = (
             self.shape is None
             and self._model is not None

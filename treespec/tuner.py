@@ -111,7 +111,8 @@ def make_key(target: TreeModel, draft: TreeModel | None) -> Key:
             if not name.startswith("_") and name not in ("transformers_version", "dtype")
         }
         parts.append(json.dumps(config, sort_keys=True, default=str) + str(model.dtype))
-        parts.append("recorded" if model.recording_reason is None else "eager")
+        how = "captured" if model.on_graphs else "recorded"
+        parts.append(how if model.recording_reason is None else "eager")
     pair = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     versions = environment.versions()
     wanted = {name: str(versions[name]) for name in ("torch", "transformers", "treespec")}

@@ -23,6 +23,7 @@ _BASE = {
     "pad_token_id": 0,
 }
 _CONFIGS = {
+    "llama": _BASE,
     "gpt_neox": _BASE,
     "gemma2": {**_BASE, "head_dim": 32, "sliding_window": 12},
     "gpt_oss": {

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from treespec.transfer import on_device
+
 
 @dataclass
 class Sequences:
@@ -33,7 +35,7 @@ class Sequences:
 
     def roots(self) -> torch.Tensor:
         """int64 `[B]`, the last committed token of every row."""
-        last = torch.tensor(self.lens, device=self.tokens.device).unsqueeze(1) - 1
+        last = on_device(self.lens, self.tokens.device).unsqueeze(1) - 1
         return self.tokens.gather(1, last).squeeze(1)
 
 

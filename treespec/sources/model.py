@@ -7,6 +7,7 @@ import torch
 
 from treespec.model import TreeModel
 from treespec.sources.base import Sequences, StepwiseSource
+from treespec.transfer import on_device
 
 # Catch-ups longer than this go through the prefill, so that few shapes need recording.
 _LONGEST_CATCH_UP = 32
@@ -64,7 +65,7 @@ class ModelSource(StepwiseSource):
         self._behind = [length - prefix for length, prefix in zip(sequences.lens, prefix_lens)]
         device = sequences.tokens.device
         width = _bucket(max(self._behind))
-        prefix = torch.tensor(prefix_lens, device=device).unsqueeze(1)
+        prefix = on_device(prefix_lens, device).unsqueeze(1)
         positions = prefix + torch.arange(width, device=device)
         # tokens past a row's end are padding that no other node sees
         tokens = sequences.tokens.gather(1, positions.clamp_max(sequences.tokens.shape[1] - 1))
@@ -73,19 +74,18 @@ class ModelSource(StepwiseSource):
             .tril_()
             .expand(len(prefix_lens), -1, -1)
         )
-        self._prefix = prefix
+        root_row = on_device(self._behind, device) - 1
+        self._roots = prefix + root_row.unsqueeze(1)
         self._positions = positions
         self.forwards += 1
         logits = self.model.forward(tokens, positions, chain)
-        root_row = torch.tensor(self._behind, device=device) - 1
         index = root_row.view(-1, 1, 1)
         root_logits = logits.gather(1, index.expand(-1, 1, logits.shape[2]))
         sees = chain.gather(1, index.expand(-1, 1, width)).squeeze(1)
         return root_logits, root_row, sees, width
 
     def level_logits(self, tokens, depth, visible, offset):
-        roots = self._prefix + torch.tensor(self._behind, device=tokens.device).unsqueeze(1) - 1
-        positions = (roots + depth).expand_as(tokens)
+        positions = (self._roots + depth).expand_as(tokens)
         self._positions = torch.cat([self._positions[:, :offset], positions], dim=1)
         self.forwards += 1
         return self.model.forward(tokens, positions, visible, offset, self._positions)

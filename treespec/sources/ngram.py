@@ -7,6 +7,7 @@ import torch
 
 from treespec.kernels import ops
 from treespec.sources.base import OneShotSource, Proposal, Sequences
+from treespec.transfer import on_device
 
 
 class NgramSource(OneShotSource):
@@ -27,7 +28,7 @@ class NgramSource(OneShotSource):
         self.num_matches = num_matches
 
     def propose(self, sequences: Sequences, length: int) -> Proposal:
-        lens = torch.tensor(sequences.lens, device=sequences.tokens.device)
+        lens = on_device(sequences.lens, sequences.tokens.device)
         continuations, match_lengths = ops.match_ngrams(
             sequences.tokens,
             lens,

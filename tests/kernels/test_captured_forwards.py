@@ -1,0 +1,212 @@
+"""Forwards captured as graphs: replays over fixed addresses give every tree's own logits. On a GPU
+the graphs are CUDA's; elsewhere they are emulated, over kernels in the interpreter."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from test_models_through_kernel import _model
+
+from treespec import BestFirstTree, TreeSpeculator, graphs, model
+from treespec.tree import ancestor_matrix
+
+ROUNDING = 2e-5
+
+
+@pytest.fixture(autouse=True)
+def made(monkeypatch, device):
+    """The graphs that were captured, where they are emulated."""
+    graphs_made: list = []
+    if device.type == "cuda":
+        return graphs_made
+
+    def capture_graph(function, device, pool):
+        from emulated_graph import EmulatedGraph
+
+        graph = EmulatedGraph()
+        logits = graph.capture(function)
+        graphs_made.append(graph)
+        return graph.replay, logits
+
+    # the interpreter takes its time for every row
+    monkeypatch.setattr(graphs, "_FEWEST_ROWS", 64)
+    monkeypatch.setattr(graphs, "runs_on", lambda device: True)
+    monkeypatch.setattr(graphs, "capture_graph", capture_graph)
+    return graphs_made
+
+
+def both(kind: str, device):
+    """The same model, captured and eager."""
+    target = _model(kind, device)
+    return (
+        model.TreeModel(target, "target", attention="triton", graphs=captured)
+        for captured in (True, False)
+    )
+
+
+def random_tree(num_nodes: int, seed: int, device):
+    generator = torch.Generator().manual_seed(seed)
+    parents = [-1] + [int(torch.randint(k, (1,), generator=generator)) for k in range(1, num_nodes)]
+    tokens = torch.randint(2, 128, (1, num_nodes), generator=generator).to(device)
+    visible = ancestor_matrix(torch.tensor([parents], device=device), num_nodes)
+    return tokens, visible
+
+
+@pytest.mark.parametrize("kind", ["gpt_neox", "gemma2", "llama"])
+@torch.inference_mode()
+def test_replays_give_every_trees_own_logits(kind, device, made):
+    """Other trees, other tokens, and longer prefixes than the one that was captured."""
+    captured, eager = both(kind, device)
+    made.clear()
+    for one in (captured, eager):
+        one.begin()
+        one.allocate(1, 96)
+    ids = torch.randint(2, 128, (1, 60), generator=torch.Generator().manual_seed(5)).to(device)
+    for step, length in enumerate((9, 10, 17, 18, 40, 41, 60)):
+        tokens, visible = random_tree(6, step, device)
+        found, expected = [], []
+        for one, logits in ((captured, found), (eager, expected)):
+            one.ingest(ids, [length])
+            positions = length + visible.sum(2) - 1
+            logits.append(one.forward(tokens, positions, visible).clone())
+            one.cache.commit([[]])
+        error = (found[0] - expected[0]).abs().max() / expected[0].std()
+        assert error < ROUNDING, (step, length)
+    assert captured.recording_reason is None and eager.recording_reason is not None
+    assert [recording.checks_left for recording in captured._recordings.values()] == [0]
+    if device.type != "cuda":
+        assert [graph.replays for graph in made] == [7]
+
+
+@torch.inference_mode()
+def test_levels_of_a_draft_are_captured_apart(device):
+    """A frontier behind other nodes, as a draft forwards it, two sequences of different length."""
+    captured, eager = both("gpt_neox", device)
+    for one in (captured, eager):
+        one.begin()
+        one.allocate(2, 64)
+    ids = torch.randint(2, 128, (2, 40), generator=torch.Generator().manual_seed(5)).to(device)
+    seen = torch.tensor([[[True, True, False], [True, False, True]]], device=device)
+    for step in range(5):
+        lens = [8 + step, 30 - 2 * step]
+        found = []
+        for one in (captured, eager):
+            one.allocate(2, 64)
+            one.ingest(ids, lens)
+            roots = torch.tensor(lens, device=device)[:, None]
+            tokens = ids[:, step : step + 1]
+            root = torch.ones(2, 1, 1, dtype=torch.bool, device=device)
+            one.forward(tokens, roots, root)
+            level = ids[:, step + 1 : step + 3]
+            positions = (roots + 1).expand(2, 2)
+            rows = torch.cat([roots, positions], 1)
+            found.append(one.forward(level, positions, seen.expand(2, -1, -1), 1, rows).clone())
+        error = (found[0] - found[1]).abs().max() / found[1].std()
+        assert error < ROUNDING, step
+    assert {key[2] for key in captured._recordings} == {0, 1}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_text_is_identical(kind, device, made):
+    """Also where a longer prompt needs new rows, and for several sequences."""
+    target = _model(kind, device)
+    draft = copy.deepcopy(target)
+    tree = BestFirstTree(4, 2, 2)
+    spec = TreeSpeculator(target, [draft, "ngram"], tree, attention="triton", cuda_graphs=True)
+    plain = TreeSpeculator(target, None, attention="triton", cuda_graphs=True)
+    generator = torch.Generator().manual_seed(1)
+    for batch, length in ((1, 12), (2, 9), (1, 20)):
+        ids = torch.randint(2, 128, (batch, length), generator=generator).to(device)
+        options = {"max_new_tokens": 8, "do_sample": False}
+        expected = target.generate(ids, **options)
+        assert torch.equal(spec.generate(ids, **options), expected)
+        assert torch.equal(plain.generate(ids, **options), expected)
+    drawn = {"max_new_tokens": 8, "do_sample": True, "seed": 3, "top_k": 0}
+    eager = TreeSpeculator(target, None, attention="triton").generate(ids, **drawn)
+    assert torch.equal(spec.generate(ids, **drawn), eager)
+    assert "CUDA graphs: on; shapes so far" in spec.explain()
+    assert "CUDA graphs take their place" in spec.explain()
+    if device.type != "cuda":
+        assert sum(graph.replays for graph in made) > 20
+
+
+def test_a_new_cache_takes_its_graphs_with_it(device):
+    target = _model("llama", device)
+    spec = TreeSpeculator(target, None, attention="triton", cuda_graphs=True)
+    ids = torch.arange(2, 12, device=device)[None]
+    spec.generate(ids, max_new_tokens=6, do_sample=False)
+    cache, kept = spec._target.cache, dict(spec._target._recordings)
+    spec.generate(ids[:, :4], max_new_tokens=4, do_sample=False)
+    assert spec._target.cache is cache and spec._target._recordings == kept
+    spec.generate(ids.repeat(2, 1), max_new_tokens=4, do_sample=False)
+    assert spec._target.cache is not cache
+    assert all(key[0] == 2 for key in spec._target._recordings)
+
+
+@pytest.mark.parametrize("left_out", ["prefix_lens", "positions", "visible"])
+@torch.inference_mode()
+def test_what_a_replay_does_not_fill_is_found(left_out, device, monkeypatch):
+    """A graph that keeps the first call's data is dropped when it is checked."""
+    captured, _ = both("llama", device)
+    take_over = graphs._GraphForward.take_over
+
+    def forgetful(self, forward):
+        name = "_prefix_lens" if left_out == "prefix_lens" else left_out
+        kept = getattr(self, name).clone()
+        take_over(self, forward)
+        getattr(self, name).copy_(kept)
+
+    monkeypatch.setattr(graphs._GraphForward, "take_over", forgetful)
+    captured.begin()
+    captured.allocate(1, 96)
+    ids = torch.randint(2, 128, (1, 60), generator=torch.Generator().manual_seed(5)).to(device)
+    for step, length in enumerate((9, 23)):
+        captured.ingest(ids, [length])
+        tokens, visible = random_tree(6, step, device)
+        captured.forward(tokens, length + visible.sum(2) - 1, visible)
+    assert "differs from the eager forward" in captured.recording_reason
+
+
+def test_a_forward_that_reads_on_the_host_stays_eager(device, monkeypatch):
+    target = _model("llama", device)
+    layer = target.model.layers[0].mlp
+    forward = layer.forward
+
+    def reads(hidden):
+        return forward(hidden) * (1.0 if float(hidden.sum()) < 1e9 else 2.0)
+
+    monkeypatch.setattr(layer, "forward", reads)
+    ids = torch.arange(2, 12, device=device)[None]
+    options = {"max_new_tokens": 6, "do_sample": False}
+    expected = target.generate(ids, **options)
+    with pytest.raises(ValueError, match="cuda_graphs=True cannot capture the target: recording"):
+        TreeSpeculator(target, None, attention="triton", cuda_graphs=True)
+    ready = model.TreeModel(target, "target", attention="triton", graphs=True)
+    assert "capturing" in ready.recording_reason
+    spec = TreeSpeculator(target, None, attention="triton")
+    assert torch.equal(spec.generate(ids, **options), expected)
+
+
+def test_what_cannot_be_captured_is_refused_by_name(device):
+    target = _model("llama", device)
+    with pytest.raises(ValueError, match="cannot capture the target: graphs need the Triton"):
+        TreeSpeculator(target, None, attention="torch", cuda_graphs=True)
+    target.model.layers[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="cannot capture the target: the model has forward hooks"):
+        TreeSpeculator(target, None, attention="triton", cuda_graphs=True)
+
+
+def test_a_mask_that_is_no_window_is_refused(device):
+    """Its layer would attend by PyTorch, over rows cut to one text's length."""
+    forward = graphs._GraphForward
+    with pytest.raises(model.RecordingRefused, match="attends by PyTorch"):
+        forward.attend(
+            type("Call", (), {"kernel": True})(), *(None,) * 3, torch.empty(0), 1.0, None, None
+        )
+
+
+def test_few_capacities():
+    found = [graphs.roomy(rows) for rows in (1, 1024, 1025, 5000, 8193)]
+    assert found == [graphs._FEWEST_ROWS, 1024, 2048, 8192, 16384]

@@ -1,0 +1,167 @@
+"""Captured forwards: a model's forward on a GPU as a CUDA graph, replayed without its Python
+modules and without a launch a kernel.
+
+A graph replays kernels over the addresses they were captured with. So all that a forward depends on
+besides weights and cache rows (tokens, positions, who sees whom, lengths of the prefixes) lies in
+tensors of the graph's own, which every replay fills first. Only the Triton kernels attend this way:
+PyTorch's attention is cut to the text's length on the host. See
+docs/design/007-captured-forwards.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from treespec import hf
+from treespec.capture import RecordingRefused
+
+# Rows of caches that graphs are bound to: a longer prompt should seldom need a larger one.
+_FEWEST_ROWS = 1024
+_ROWS_STEP = 8192
+
+
+class CapturedForward:
+    """One shape's forward as a graph.
+
+    Args:
+        forward: a call of that shape; its data is replaced at every replay.
+        tokens: int64 `[B, N]` of that call.
+        call: the model's forward, `(tokens, positions) -> logits`.
+        pool: memory that graphs of this model share; they are replayed one after another.
+
+    Raises:
+        RecordingRefused: if it cannot be captured.
+    """
+
+    def __init__(
+        self,
+        forward: hf.Forward,
+        tokens: torch.Tensor,
+        call: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        pool: tuple[int, int] | None,
+    ) -> None:
+        self._tokens = tokens.clone()
+        self._data = _GraphForward.like(forward)
+        try:
+            # once outside: kernels are compiled, and libraries take what they need
+            self._forward(call)
+            self._data = self._data.renewed()
+            self._replay, self._logits = capture_graph(
+                lambda: self._forward(call), tokens.device, pool
+            )
+        except RecordingRefused:
+            raise
+        except Exception as failure:
+            reason = str(failure).partition("\n")[0]
+            raise RecordingRefused(f"{type(failure).__name__}: {reason}") from failure
+
+    def _forward(self, call: Callable) -> torch.Tensor:
+        with hf.forward_scope(self._data):
+            return call(self._tokens, self._data.positions)
+
+    def __call__(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Logits of the forward under way; the next replay overwrites them."""
+        self._tokens.copy_(tokens)
+        self._data.take_over(hf.current_forward())
+        self._replay()
+        return self._logits
+
+
+class _GraphForward(hf.Forward):
+    """A forward that reads nothing from the host but shapes."""
+
+    @classmethod
+    def like(cls, forward: hf.Forward) -> _GraphForward:
+        """One of the same shape, with its data in tensors of its own."""
+        positions = forward.positions.clone()
+        own = cls(
+            forward.cache,
+            forward.num_nodes,
+            forward.offset,
+            forward.visible.clone(),
+            positions,
+            positions
+            if forward.node_positions is forward.positions
+            else forward.node_positions.clone(),
+            forward.kernel,
+            forward.rotary,
+        )
+        own._prefix_lens = forward.prefix_lens().clone()
+        return own
+
+    def renewed(self) -> _GraphForward:
+        """The same tensors without what was computed from them, so that a graph computes it."""
+        own = _GraphForward(
+            self.cache,
+            self.num_nodes,
+            self.offset,
+            self.visible,
+            self.positions,
+            self.node_positions,
+            self.kernel,
+            self.rotary,
+        )
+        own._prefix_lens = self._prefix_lens
+        return own
+
+    def take_over(self, forward: hf.Forward) -> None:
+        """Fills the tensors with another call's data."""
+        self.visible.copy_(forward.visible)
+        self.positions.copy_(forward.positions)
+        if self.node_positions is not self.positions:
+            self.node_positions.copy_(forward.node_positions)
+        self._prefix_lens.copy_(forward.prefix_lens())
+
+    def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        starts = self._row_starts()
+        if self.rotary is not None and self.rotary.write(self.cache, layer, keys, values, starts):
+            return
+        rows = starts[:, None] + torch.arange(self.num_nodes, device=starts.device)
+        for cache_rows, new in ((self.cache.keys, keys), (self.cache.values, values)):
+            index = rows[:, None, :, None].expand_as(new)
+            cache_rows[layer].scatter_(2, index, new.to(cache_rows[layer].dtype))
+
+    def bias(self, mask_function: Callable, dtype: torch.dtype) -> torch.Tensor | None:
+        """As in `Forward`, but where something is hidden an empty mask: the kernel knows windows by
+        themselves."""
+        if mask_function is hf.causal_mask_function:
+            return None
+        return self.positions.new_empty((len(self.positions), 1, self.num_nodes, 0), dtype=dtype)
+
+    def attend(self, query, key, value, bias, scale, softcap, sinks, window=None):
+        if not self.kernel or (bias is not None and window is None):
+            raise RecordingRefused("a layer attends by PyTorch, which cuts its rows on the host")
+        return super().attend(query, key, value, bias, scale, softcap, sinks, window)
+
+
+def capture_graph(
+    function: Callable[[], torch.Tensor], device: torch.device, pool: tuple[int, int] | None
+) -> tuple[Callable[[], None], torch.Tensor]:
+    """The kernels that `function` launches, ready to be launched again, and where its result will
+    lie."""
+    graph = torch.cuda.CUDAGraph()
+    # other threads may go on allocating meanwhile
+    with (
+        torch.cuda.device(device),
+        torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
+    ):
+        result = function()
+    return graph.replay, result
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether graphs can be captured on a device."""
+    return device.type == "cuda"
+
+
+def new_pool() -> tuple[int, int] | None:
+    return torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
+
+
+def roomy(rows: int) -> int:
+    """A capacity of at least `rows`, out of few: the graphs of a cache die with it."""
+    if rows > _ROWS_STEP:
+        return -(-rows // _ROWS_STEP) * _ROWS_STEP
+    return max(_FEWEST_ROWS, 1 << (rows - 1).bit_length())
