@@ -18,9 +18,15 @@ from pathlib import Path
 
 import torch
 
+CAPTURED = "tests/kernels/test_captured_forwards.py"
 # The other kernel tests are the interpreter's, on a machine without a GPU.
-KERNEL_TESTS = ["-m", "pytest", "tests/kernels", "-q", "-m", "gpu", "-n", "8"]
-CHECKS = (("kernel tests", KERNEL_TESTS, 110),)
+ON_GPU = ["-m", "pytest", "-q", "-m", "gpu", "-n", "8"]
+KERNEL_TESTS = [*ON_GPU, "tests/kernels", f"--ignore={CAPTURED}"]
+# Where these fail, whole generations are timed without graphs.
+GRAPH_CHECKS = (
+    ("graph tests", [*ON_GPU, CAPTURED], 50),
+    ("graphs lossless", ["benchmarks/lossless_on_gpu.py", "--ways", "graphs"], 60),
+)
 # The ablation's steps beside the others' rows: all of it takes longer than this suite has.
 REFERENCE_ROWS = "assisted,prompt lookup,flashspec,plain,K=6 (draft),pruned (draft),auto"
 KERNELS = ["-m", "pytest", "benchmarks", "-q", "--benchmark-json={out}/kernels.json"]
@@ -30,10 +36,9 @@ SHORT = ["--new-tokens", "120", "--warm-ups", "1"]
 REFERENCE = [*BENCH, "reference", *ON_CUDA, "--rows", REFERENCE_ROWS, *SHORT]
 SUITE_ROWS = "assisted (no,plain,auto"
 SUITE = [*BENCH, "suite", *ON_CUDA, "--rows", SUITE_ROWS, "--temperature", "0", "1", *SHORT]
-TIMINGS = (
-    ("benchmarks", KERNELS, 150),
-    ("reference float16", [*REFERENCE, "--output", "{out}/reference-float16.json"], 160),
-    ("suite float16", [*SUITE, "--output", "{out}/suite-float16.json"], 115),
+GENERATIONS = (
+    ("reference float16", [*REFERENCE, "--output", "{out}/reference-float16.json"], 120),
+    ("suite float16", [*SUITE, "--output", "{out}/suite-float16.json"], 90),
 )
 
 
@@ -64,9 +69,13 @@ def main() -> int:
     gpu = torch.cuda.get_device_name().lower().replace(" ", "-")
     out = Path(os.environ.get("OUT") or "benchmarks/results") / gpu
     out.mkdir(parents=True, exist_ok=True)
-    steps = [run(*check, out) for check in CHECKS]
-    if all(step["outcome"] == "ok" for step in steps):
-        steps += [run(*timing, out) for timing in TIMINGS]
+    steps = [run("kernel tests", KERNEL_TESTS, 110, out)]
+    if steps[0]["outcome"] == "ok":
+        steps += [run(*check, out) for check in GRAPH_CHECKS]
+        passed = all(step["outcome"] == "ok" for step in steps)
+        steps.append(run("benchmarks", KERNELS, 110, out))
+        for name, arguments, limit_s in GENERATIONS:
+            steps.append(run(name, [*arguments, *["--cuda-graphs"] * passed], limit_s, out))
     else:
         print("a check failed: nothing is timed")
     record = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "steps": steps}

@@ -1,8 +1,10 @@
-"""Is text on this GPU the target's own? The bundled pair in float32, by both attention paths.
+"""Is text on this GPU the target's own? The bundled pair in float32, by both attention paths, and
+captured as CUDA graphs.
 
     python benchmarks/lossless_on_gpu.py
+    python benchmarks/lossless_on_gpu.py --ways graphs
 
-A line for every attention path and shape: greedy texts identical to `target.generate`, sampled
+A line for every way and shape: greedy texts identical to `target.generate`, sampled
 texts identical to plain decoding of the same seed, a ragged batch, and `self_check`, which holds
 the logits of random trees against those of sequences. Exit code 1 if anything differs.
 """
@@ -27,6 +29,11 @@ _SETTINGS = {
     "draft_weights": "trained",
 }
 _NEW_TOKENS = 48
+_WAYS = {
+    "torch": {"attention": "torch"},
+    "triton": {"attention": "triton"},
+    "graphs": {"attention": "triton", "cuda_graphs": True},
+}
 
 
 def options(task: Task, **more) -> dict:
@@ -34,10 +41,10 @@ def options(task: Task, **more) -> dict:
     return found | {"do_sample": False, "eos_token_id": None, "pad_token_id": 0} | more
 
 
-def check(pair, name: str, draft, tree, attention: str) -> tuple[bool, str]:
+def check(pair, name: str, draft, tree, way: str) -> tuple[bool, str]:
     """Whether all texts were identical, and a line that says so."""
-    spec = TreeSpeculator(pair.target, draft, tree, attention=attention)
-    base = TreeSpeculator(pair.target, None, attention=attention)
+    spec = TreeSpeculator(pair.target, draft, tree, **_WAYS[way])
+    base = TreeSpeculator(pair.target, None, attention=_WAYS[way]["attention"])
     tasks = suite_tasks(pair, "dev", 1, _NEW_TOKENS, 0.0, 1)[:4]
     greedy = sampled = 0
     for task in tasks:
@@ -52,7 +59,7 @@ def check(pair, name: str, draft, tree, attention: str) -> tuple[bool, str]:
     batch = torch.equal(spec.generate(several.input_ids, **options(several)), truth)
     passed = spec.self_check(tasks[-1].input_ids).passed if draft is not None else True
     line = (
-        f"{attention} {name}: greedy {greedy}/{len(tasks)}, sampled {sampled}/{len(tasks)}, "
+        f"{way} {name}: greedy {greedy}/{len(tasks)}, sampled {sampled}/{len(tasks)}, "
         f"batch {batch}, self_check {passed}"
     )
     return greedy == sampled == len(tasks) and batch and passed, line
@@ -61,7 +68,9 @@ def check(pair, name: str, draft, tree, attention: str) -> tuple[bool, str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
-    device = torch.device(parser.parse_args().device)
+    parser.add_argument("--ways", nargs="+", choices=_WAYS, help="default: all, torch on a CPU")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
     pair = load_pair(_SETTINGS, device)
     on_gpu = device.type == "cuda"
     print(torch.cuda.get_device_name() if on_gpu else device, torch.__version__)
@@ -73,10 +82,10 @@ def main() -> int:
         "linear K=4": (pair.draft, Chain(4)),
     }
     same = True
-    for attention in ("torch", "triton") if on_gpu else ("torch",):
+    for way in arguments.ways or (_WAYS if on_gpu else ("torch",)):
         for name, (draft, tree) in shapes.items():
             started = time.perf_counter()
-            passed, line = check(pair, name, draft, tree, attention)
+            passed, line = check(pair, name, draft, tree, way)
             print(f"{line} ({time.perf_counter() - started:.0f} s)", flush=True)
             same &= passed
     return 0 if same else 1

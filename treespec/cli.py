@@ -87,11 +87,18 @@ def _load_torch(arguments: argparse.Namespace):
     try:
         device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=device)
+        if arguments.cuda_graphs and device.type != "cuda":
+            raise UsageError(f"--cuda-graphs: needs a CUDA device; this is {device}")
     except (RuntimeError, AssertionError, ValueError) as error:
         raise UsageError(
             f"--device: {arguments.device!r} cannot be used here: {_one_line(error)}"
         ) from None
     return torch, device
+
+
+def _graphs(arguments: argparse.Namespace) -> bool | str:
+    """The `cuda_graphs=` of a speculator."""
+    return arguments.cuda_graphs or "auto"
 
 
 def _load_model(option: str, name: str, dtype, device):
@@ -210,7 +217,9 @@ def run_generate(arguments: argparse.Namespace) -> int:
         from treespec import TreeSpeculator
 
         target, draft, tokenizer = _load_pair(arguments, device)
-        spec = TreeSpeculator(target, draft, tree=tree, tokenizer=tokenizer)
+        spec = TreeSpeculator(
+            target, draft, tree=tree, tokenizer=tokenizer, cuda_graphs=_graphs(arguments)
+        )
     input_ids = _encode(tokenizer, prompt, arguments.chat, device)
     kwargs = {"max_new_tokens": arguments.max_new_tokens, **sampling}
     pieces: list[str] = []
@@ -249,7 +258,9 @@ def _demo_row(result) -> tuple[str, ...]:
     return result.method, speed, f"{result.ratio:.2f}x", per_round, identical
 
 
-def _demo_live(target, draft, tokenizer, max_new_tokens: int, device, show) -> bool:
+def _demo_live(
+    target, draft, tokenizer, cuda_graphs: bool | str, max_new_tokens: int, device, show
+) -> bool:
     """Streams one sampled text; whether plain decoding with the same seed writes the same."""
     from treespec import TreeSpeculator, demo
 
@@ -257,9 +268,10 @@ def _demo_live(target, draft, tokenizer, max_new_tokens: int, device, show) -> b
     input_ids = _encode(tokenizer, prompt, False, device)
     kwargs = {"max_new_tokens": max_new_tokens, **demo.LIVE_SAMPLING}
     show(f"{prompt.rstrip()[-300:]}\n--- continued by the target, with speculation:\n")
-    spec = TreeSpeculator(target, draft, tokenizer=tokenizer)
+    options = {"tokenizer": tokenizer, "cuda_graphs": cuda_graphs}
+    spec = TreeSpeculator(target, draft, **options)
     new_ids = _stream(spec, tokenizer, input_ids, show, lambda steps: None, **kwargs)
-    plain = TreeSpeculator(target, None, tokenizer=tokenizer).generate(input_ids, **kwargs)
+    plain = TreeSpeculator(target, None, **options).generate(input_ids, **kwargs)
     identical = plain[0, input_ids.shape[1] :].tolist() == new_ids
     how = f"sampled at temperature {kwargs['temperature']}, seed {kwargs['seed']}"
     same = "yes" if identical else "no"
@@ -283,8 +295,9 @@ def run_demo(arguments: argparse.Namespace) -> int:
     encoded = [_encode(tokenizer, prompt["prompt"], False, device) for prompt in prompts]
     dtype = str(target.dtype).removeprefix("torch.")
     show = (lambda text: None) if arguments.json else _write_now
-    sampled_identical = _demo_live(target, draft, tokenizer, budget, device, show)
-    methods = demo.demo_methods(target, draft, tokenizer, budget)
+    graphs = _graphs(arguments)
+    sampled_identical = _demo_live(target, draft, tokenizer, graphs, budget, device, show)
+    methods = demo.demo_methods(target, draft, tokenizer, budget, graphs)
     steps = len(methods) * (len(encoded) + 1)
     with console.progress("comparing", total=steps) as advance:
         results = demo.compare(target, methods, encoded, on_step=lambda name: advance(1, name))
@@ -329,7 +342,9 @@ def run_tune(arguments: argparse.Namespace) -> int:
         target, draft, tokenizer = _load_pair(arguments, device)
         if draft is None:
             raise UsageError("--draft: none leaves nothing to tune; give a model or ngram")
-        spec = TreeSpeculator(target, draft, tokenizer=tokenizer)
+        spec = TreeSpeculator(
+            target, draft, tokenizer=tokenizer, cuda_graphs=_graphs(arguments)
+        )
     key = tuner.make_key(spec._target, spec._model)
     shapes = tuner.shapes(spec) + (tuner.check_shapes(spec) if arguments.check else [])
     costs, checked = {}, []
@@ -468,6 +483,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     machine.add_argument(
         "--threads", type=_positive, metavar="N", help="CPU threads (default: torch's choice)"
+    )
+
+    machine.add_argument(
+        "--cuda-graphs", action="store_true", help="capture forwards as CUDA graphs"
     )
 
     demo = commands.add_parser(

@@ -211,7 +211,9 @@ def speculator_method(name: str, speculator, max_new_tokens: int) -> Method:
     return Method(name, run, ours=True)
 
 
-def demo_methods(target, draft, tokenizer, max_new_tokens: int) -> list[Method]:
+def demo_methods(
+    target, draft, tokenizer, max_new_tokens: int, cuda_graphs: bool | str = "auto"
+) -> list[Method]:
     """What `treespec demo` compares: three ways of `target.generate`, then this library's chain,
     trees and auto.
     """
@@ -242,7 +244,9 @@ def demo_methods(target, draft, tokenizer, max_new_tokens: int) -> list[Method]:
         *(
             speculator_method(
                 name,
-                TreeSpeculator(target, sources, tree=tree, tokenizer=tokenizer),
+                TreeSpeculator(
+                    target, sources, tree=tree, tokenizer=tokenizer, cuda_graphs=cuda_graphs
+                ),
                 max_new_tokens,
             )
             for name, sources, tree in ours

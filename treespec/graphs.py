@@ -54,8 +54,7 @@ class CapturedForward:
         except RecordingRefused:
             raise
         except Exception as failure:
-            reason = str(failure).partition("\n")[0]
-            raise RecordingRefused(f"{type(failure).__name__}: {reason}") from failure
+            raise RecordingRefused(_reason(failure)) from failure
 
     def _forward(self, call: Callable) -> torch.Tensor:
         with hf.forward_scope(self._data):
@@ -134,6 +133,13 @@ class _GraphForward(hf.Forward):
         if not self.kernel or (bias is not None and window is None):
             raise RecordingRefused("a layer attends by PyTorch, which cuts its rows on the host")
         return super().attend(query, key, value, bias, scale, softcap, sinks, window)
+
+
+def _reason(failure: BaseException) -> str:
+    """What ended a capture: the end of a broken one fails in its turn."""
+    while failure.__context__ is not None:
+        failure = failure.__context__
+    return f"{type(failure).__name__}: " + str(failure).partition("\n")[0]
 
 
 def capture_graph(

@@ -204,7 +204,8 @@ def test_a_forward_that_reads_on_the_host_stays_eager(device, monkeypatch):
     with pytest.raises(ValueError, match="cuda_graphs=True cannot capture the target: recording"):
         TreeSpeculator(target, None, attention="triton", cuda_graphs=True)
     ready = model.TreeModel(target, "target", attention="triton", graphs=True)
-    assert "capturing" in ready.recording_reason
+    assert "recording was refused" in ready.recording_reason
+    assert "not permitted when stream is capturing" in ready.recording_reason
     spec = TreeSpeculator(target, None, attention="triton")
     assert torch.equal(spec.generate(ids, **options), expected)
 

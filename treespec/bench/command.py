@@ -35,6 +35,7 @@ def _settings(arguments: argparse.Namespace, kind: str) -> dict[str, Any]:
         "draft_weights": arguments.draft_weights,
         "dtype": arguments.dtype,
         "device": arguments.device,
+        "cuda_graphs": arguments.cuda_graphs,
         "threads": torch.get_num_threads(),
         "prompts": arguments.prompts,
         "samples": arguments.samples,

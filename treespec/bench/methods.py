@@ -325,7 +325,8 @@ def stats_of(stats) -> dict[str, Any]:
 def _speculator(pair: Pair, shape: Shape | str | None, sources: str | None) -> Run:
     from treespec import TreeSpeculator
 
-    return stepwise(TreeSpeculator(pair.target, draft_argument(pair, sources), shape or "auto"))
+    draft, graphs = draft_argument(pair, sources), pair.cuda_graphs or "auto"
+    return stepwise(TreeSpeculator(pair.target, draft, shape or "auto", cuda_graphs=graphs))
 
 
 def stepwise(spec: TreeSpeculator) -> Stepwise:

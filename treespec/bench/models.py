@@ -27,12 +27,14 @@ class Pair:
         target, draft: causal LMs on one device.
         tokenizer: theirs; None for random weights.
         about: what a record says of them.
+        cuda_graphs: rows of this library capture forwards as CUDA graphs.
     """
 
     target: Any
     draft: Any
     tokenizer: Any
     about: dict[str, Any]
+    cuda_graphs: bool = False
 
     @property
     def simulated(self) -> bool:
@@ -174,7 +176,8 @@ def load_pair(settings: dict[str, Any], device: torch.device) -> Pair:
 
     Args:
         settings: `target` and `draft` (paths, both "demo" for the bundled pair), `sized` (two
-            configurations, or None), `dtype` (a name or None) and `draft_weights`.
+            configurations, or None), `dtype` (a name or None), `draft_weights`, and perhaps
+            `cuda_graphs`.
 
     Raises:
         ModelError: if the models are missing, do not fit together, or do not fit the memory.
@@ -209,4 +212,4 @@ def load_pair(settings: dict[str, Any], device: torch.device) -> Pair:
         "draft_weights": settings["draft_weights"],
         "simulated": bool(settings["sized"]),
     }
-    return Pair(target, draft, tokenizer, about)
+    return Pair(target, draft, tokenizer, about, bool(settings.get("cuda_graphs")))

@@ -118,9 +118,10 @@ class SizedRow:
 
         policy = make_policy(self.shape, True, False)
         lengths = record_accept_lengths(self.shape, self.new_tokens, self.pair.target.device)
-        model = TreeModel(self.pair.draft, "draft")
+        model = TreeModel(self.pair.draft, "draft", graphs=self.pair.cuda_graphs)
         self.source = ReplayedDraft(model, policy.max_rows, lengths)
-        self.spec = TreeSpeculator(self.pair.target, None)
+        graphs = self.pair.cuda_graphs or "auto"
+        self.spec = TreeSpeculator(self.pair.target, None, cuda_graphs=graphs)
         self.spec._engine = Engine(self.spec._target, [self.source], policy)
         return self._run
 
