@@ -154,6 +154,10 @@ BAD = {
         ["generate", "--prompt", "a", "--device", "abacus"],
         "--device: 'abacus' cannot be used here",
     ),
+    "graphs without a GPU": (
+        ["generate", "--prompt", "a", "--device", "cpu", "--cuda-graphs"],
+        "--cuda-graphs: needs a CUDA device; this is cpu",
+    ),
     "no chat": (["generate", "--prompt", "a", "--chat"], "no chat template"),
     "too long": (["generate", "--prompt", "a", "--max-new-tokens", "5000"], "max_new_tokens"),
 }
@@ -261,7 +265,7 @@ def test_demo_prints_live_text_and_a_table(loaded, capsys):
     assert "the same text without speculation: yes" in out
 
 
-def broken_methods(target, draft, tokenizer, max_new_tokens):
+def broken_methods(target, draft, tokenizer, max_new_tokens, cuda_graphs):
     def run(input_ids):
         ids, rounds = plain.run(input_ids)
         ids[0, -1] = (ids[0, -1] + 1) % 4096
