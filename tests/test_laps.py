@@ -21,7 +21,8 @@ class FakeEvent:
     def __init__(self, enable_timing):
         assert enable_timing
 
-    def record(self):
+    def record(self, stream):
+        assert stream == "stream of cuda:1"
         self.at = FakeEvent.launched
 
     def synchronize(self):
@@ -47,7 +48,8 @@ def test_on_a_cpu_they_are_the_hosts():
 def test_on_a_gpu_they_are_the_devices(monkeypatch):
     """Launching takes no time; what was launched does."""
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
-    laps = Laps(torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    laps = Laps(torch.device("cuda:1"))
     for parts in ((3.0, 5.0), (1.0, 2.0)):
         FakeEvent.waited = []
         laps.start()

@@ -10,6 +10,7 @@ docs/design/007-captured-forwards.md.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -29,7 +30,8 @@ class CapturedForward:
         forward: a call of that shape; its data is replaced at every replay.
         tokens: int64 `[B, N]` of that call.
         call: the model's forward, `(tokens, positions) -> logits`.
-        pool: memory that graphs of this model share; they are replayed one after another.
+        pool: memory that graphs of this model share; they are replayed one after another, and
+            logits hold until the next replay.
 
     Raises:
         RecordingRefused: if it cannot be captured.
@@ -61,7 +63,7 @@ class CapturedForward:
             return call(self._tokens, self._data.positions)
 
     def __call__(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Logits of the forward under way; the next replay overwrites them."""
+        """Logits of the forward under way, until the model's next forward."""
         self._tokens.copy_(tokens)
         self._data.take_over(hf.current_forward())
         self._replay()
@@ -149,12 +151,16 @@ def capture_graph(
     lie."""
     graph = torch.cuda.CUDAGraph()
     # other threads may go on allocating meanwhile
-    with (
-        torch.cuda.device(device),
-        torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
-    ):
+    capture = torch.cuda.graph(graph, pool, _stream(device), capture_error_mode="thread_local")
+    with torch.cuda.device(device), capture:
         result = function()
     return graph.replay, result
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures: libraries keep memory of their own for every stream."""
+    return torch.cuda.Stream(device)
 
 
 def runs_on(device: torch.device) -> bool:

@@ -20,6 +20,7 @@ class Laps:
     """
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._on_gpu = device.type == "cuda"
         self._events: list[torch.cuda.Event] = []
         self._times: list[float] = []
@@ -37,7 +38,7 @@ class Laps:
             return
         if self._count == len(self._events):
             self._events.append(torch.cuda.Event(enable_timing=True))
-        self._events[self._count].record()
+        self._events[self._count].record(torch.cuda.current_stream(self._device))
         self._count += 1
 
     def read(self) -> list[float]:

@@ -280,7 +280,7 @@ class TreeModel:
             self.cache = None
             if self.on_graphs:
                 # they know the rows by address
-                self._recordings.clear()
+                self._forget_recordings()
                 capacity = graphs.roomy(capacity)
             self.cache = TreeCache(self._specs, batch, capacity, self.implementation)
         self._facade = hf.cache_facade(
@@ -296,17 +296,22 @@ class TreeModel:
             self._recording_obstacle() if self.recording_reason is None else self.recording_reason
         )
         if weights != self._weights_seen or obstacle != self.recording_reason:
-            self._recordings.clear()
+            self._forget_recordings()
         if weights != self._weights_seen:
             self._prefix = None
         if self._packed is not None:
             self._packed.keep_for(weights)
         self._weights_seen, self.recording_reason = weights, obstacle
 
+    def _forget_recordings(self) -> None:
+        self._recordings.clear()
+        # the memory of graphs that are gone cannot be shared again
+        self._graph_pool = None
+
     def release(self) -> None:
         """Gives back the buffers, the recordings and the prepacked weights."""
         self.cache = self._facade = self._prefix = None
-        self._recordings.clear()
+        self._forget_recordings()
         if self._packed is not None:
             self._packed.forget()
 
@@ -393,7 +398,7 @@ class TreeModel:
                 `offset` > 0.
 
         Returns:
-            Logits `[B, N, V]`; their storage may be reused by the next forward of the same shape.
+            Logits `[B, N, V]`; their storage may be reused by the next forward.
         """
         num_nodes = tokens.shape[1]
         if self.position_limit:
@@ -520,8 +525,12 @@ class TreeModel:
             expected = self._eager(tokens, positions).clone()
             if self._graph_pool is None:
                 self._graph_pool = graphs.new_pool()
-            call = hf.current_forward()
-            return CapturedForward(call, tokens, self._eager, self._graph_pool), expected
+            call, pool = hf.current_forward(), self._graph_pool
+            # until this has gone well: nor can that of a broken one
+            self._graph_pool = None
+            captured = CapturedForward(call, tokens, self._eager, pool)
+            self._graph_pool = pool
+            return captured, expected
         with Recorder() as recorder:
             expected = self._call(tokens, positions)
         steps = recorder.steps

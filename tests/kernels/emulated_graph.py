@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import GridExecutor
+
+
+class Pool:
+    """Memory that graphs share: whatever one of them computes may lie where another's results
+    lay."""
+
+    def __init__(self) -> None:
+        self.graphs: weakref.WeakSet[EmulatedGraph] = weakref.WeakSet()
+        self.used = False
+
+    def enter(self, graph: EmulatedGraph) -> None:
+        if self.used and not self.graphs:
+            raise RuntimeError("INTERNAL ASSERT FAILED: use_count > 0")
+        self.used = True
+        self.graphs.add(graph)
 
 
 class EmulatedGraph(TorchDispatchMode):
@@ -18,11 +35,13 @@ class EmulatedGraph(TorchDispatchMode):
 
     _forbidden = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
-    def __init__(self) -> None:
+    def __init__(self, pool: Pool) -> None:
         super().__init__()
         self.steps: list[tuple] = []
         self.replays = 0
         self._launching = False
+        self._pool = pool
+        pool.enter(self)
 
     def capture(self, function):
         """What `function()` returns."""
@@ -39,9 +58,11 @@ class EmulatedGraph(TorchDispatchMode):
         GridExecutor.__call__ = noted
         try:
             with self:
-                return function()
+                result = function()
         finally:
             GridExecutor.__call__ = launch
+        self.spoil()
+        return result
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -56,17 +77,30 @@ class EmulatedGraph(TorchDispatchMode):
 
     def replay(self) -> None:
         self.replays += 1
+        for other in self._pool.graphs - {self}:
+            other.spoil()
         with torch.inference_mode():
             for func, args, kwargs, out in self.steps:
-                given = {_memory(x) for x in _tensors((args, kwargs))}
                 again = func(*args, **kwargs)
                 for old, new in zip(_tensors(out), _tensors(again)):
-                    if _memory(old) not in given:
+                    if _memory(old) not in _memories((args, kwargs)):
                         old.copy_(new)
+
+    def spoil(self) -> None:
+        """What becomes of all it has computed when another graph runs."""
+        with torch.inference_mode():
+            for _, args, kwargs, out in self.steps:
+                for tensor in _tensors(out):
+                    if _memory(tensor) not in _memories((args, kwargs)):
+                        tensor.fill_(float("nan") if tensor.is_floating_point() else 1)
 
 
 def _tensors(values) -> list[torch.Tensor]:
     return [x for x in tree_leaves(values) if isinstance(x, torch.Tensor)]
+
+
+def _memories(values) -> set[int]:
+    return {_memory(tensor) for tensor in _tensors(values)}
 
 
 def _memory(tensor: torch.Tensor) -> int:

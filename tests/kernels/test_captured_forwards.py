@@ -4,6 +4,7 @@ the graphs are CUDA's; elsewhere they are emulated, over kernels in the interpre
 from __future__ import annotations
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -40,22 +41,28 @@ def small_model(kind: str, device):
 @pytest.fixture(autouse=True)
 def made(monkeypatch, device):
     """The graphs that were captured, where they are emulated."""
-    graphs_made: list = []
+    graphs_made: weakref.WeakSet = weakref.WeakSet()
     if device.type == "cuda":
         return graphs_made
 
     def capture_graph(function, device, pool):
         from emulated_graph import EmulatedGraph
 
-        graph = EmulatedGraph()
+        graph = EmulatedGraph(pool)
         logits = graph.capture(function)
-        graphs_made.append(graph)
+        graphs_made.add(graph)
         return graph.replay, logits
 
     # the interpreter takes its time for every row
     monkeypatch.setattr(graphs, "_FEWEST_ROWS", 64)
     monkeypatch.setattr(graphs, "runs_on", lambda device: True)
+    def new_pool():
+        from emulated_graph import Pool
+
+        return Pool()
+
     monkeypatch.setattr(graphs, "capture_graph", capture_graph)
+    monkeypatch.setattr(graphs, "new_pool", new_pool)
     return graphs_made
 
 
