@@ -70,7 +70,8 @@ def missing(model, lens) -> int:
 def timed(monkeypatch):
     """A function that makes a speculator whose costs are given, and its clock."""
     clock = Clock()
-    monkeypatch.setattr(treespec.engine, "time", clock)
+    for module in (treespec.engine, treespec.laps):
+        monkeypatch.setattr(module, "time", clock)
     add_lookups = Growth.add_lookups
 
     def charged_lookups(*arguments):

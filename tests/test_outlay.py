@@ -75,7 +75,8 @@ def fresh(monkeypatch):
     made yet takes `RECORDING_MS` longer. Beside it the clock."""
     clock = SimpleNamespace(ms=0.0)
     clock.perf_counter = lambda: clock.ms / 1e3
-    monkeypatch.setattr(treespec.engine, "time", clock)
+    for module in (treespec.engine, treespec.laps):
+        monkeypatch.setattr(module, "time", clock)
 
     target, _ = tiny_pair("llama")
     text = target.generate(PROMPT, max_new_tokens=440, do_sample=False)[0]

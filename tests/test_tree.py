@@ -259,7 +259,8 @@ def grow(
     sources = ([MadeUpLookup(continuations)] if continuations is not None else []) + (
         [draft] if with_model else []
     )
-    engine = Engine(SimpleNamespace(vocab_size=VOCAB), sources, policy)
+    target = SimpleNamespace(vocab_size=VOCAB, device=torch.device("cpu"))
+    engine = Engine(target, sources, policy)
     engine._tokens = torch.tensor(roots)[:, None]
     engine._lens = [1] * len(roots)
     picker = TokenPicker([], False, 0, list(range(len(roots))), VOCAB, torch.device("cpu"))
