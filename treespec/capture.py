@@ -185,7 +185,7 @@ def compile_recording(
     lines: list[tuple[str, list[str], list[str]]] = []
     for k, step in enumerate(steps):
         func, args, kwargs, out = _quicker(step)
-        if writer.knows(out) and _is_pure(func):
+        if writer.knows(out) and is_pure(func):
             continue
         writer.used = []
         operands = [writer.operand(arg) for arg in args]
@@ -212,7 +212,8 @@ def compile_recording(
     return writer.namespace["replay"]
 
 
-def _is_pure(func: Callable) -> bool:
+def is_pure(func: Callable) -> bool:
+    """Whether a recorded call is one of ATen that changes none of its arguments."""
     return isinstance(func, torch._ops.OpOverload) and not func._schema.is_mutable
 
 

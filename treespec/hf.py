@@ -88,11 +88,14 @@ class Forward:
             self.cache, layer, keys, values, self._row_starts()
         ):
             return
-        key_rows, value_rows = self.cache.keys[layer], self.cache.values[layer]
-        for row, prefix in enumerate(self.cache.prefix_lens):
-            start = prefix + self.offset
-            key_rows[row, :, start : start + self.num_nodes] = keys[row]
-            value_rows[row, :, start : start + self.num_nodes] = values[row]
+        prefix_lens, num_nodes = self.cache.prefix_lens, self.num_nodes
+        for rows, new in ((self.cache.keys[layer], keys), (self.cache.values[layer], values)):
+            # narrow: an index is parsed anew at every call
+            if len(prefix_lens) == 1:
+                rows.narrow(2, prefix_lens[0] + self.offset, num_nodes).copy_(new)
+                continue
+            for row, prefix in enumerate(prefix_lens):
+                rows[row].narrow(1, prefix + self.offset, num_nodes).copy_(new[row])
 
     def _row_starts(self) -> torch.Tensor:
         """int64 `[B]`, the row of the first of these tokens."""
@@ -156,7 +159,7 @@ class Forward:
             query = self.rotary.query(query)
         if self.kernel and (bias is None or window is not None):
             return self._attend_in_kernel(query, key, value, scale, softcap, sinks, window)
-        key, value = key[:, :, : self.num_slots], value[:, :, : self.num_slots]
+        key, value = key.narrow(2, 0, self.num_slots), value.narrow(2, 0, self.num_slots)
         q_heads, kv_heads = query.shape[1], key.shape[1]
         plain = softcap is None and sinks is None
         if bias is None:

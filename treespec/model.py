@@ -13,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 from treespec import graphs, hf, packing
 from treespec.cache import TreeCache
 from treespec.capture import Recorder, RecordingRefused, compile_recording
+from treespec.fusing import fuse
 from treespec.graphs import CapturedForward
 from treespec.kernels import ops
 from treespec.packing import PackedWeights, copy_bytes, pack_linears
@@ -533,7 +534,7 @@ class TreeModel:
             return captured, expected
         with Recorder() as recorder:
             expected = self._call(tokens, positions)
-        steps = recorder.steps
+        steps = fuse(recorder.steps)
         if self._packed is not None:
             steps = pack_linears(steps, self._packed)
         return compile_recording(steps, [tokens, positions], expected), expected
