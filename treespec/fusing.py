@@ -189,7 +189,8 @@ class _Flow:
         high = self._half(negated[1][0], source, half)
         if low is None or high is None or source.shape != out.shape:
             return None
-        if any(self.steps[reader][0] is _aten.view.default for reader in self._readers[id(out)]):
+        readers = self._readers.get(id(out), ())
+        if any(self.steps[reader][0] is _aten.view.default for reader in readers):
             # the turned queries lie in another order of dimensions
             return None
         tensors = (source, cosine, sine)
@@ -214,7 +215,7 @@ class _Flow:
             first.cosine is second.cosine
             and first.sine is second.sine
             and shapes[0] == shapes[1]
-            and min(self._readers[id(first.out)], default=0) > second.place
+            and min(self._readers.get(id(first.out), ()), default=0) > second.place
         )
 
 
