@@ -1,4 +1,4 @@
-"""What recorded forwards gain by `treespec.fusing`: the same forwards with and without it, in turns.
+"""What recorded forwards gain by `treespec.fusing`: the same ones with and without it, in turns.
 
     python benchmarks/fused_forwards.py --output benchmarks/results/NAME.json
 
