@@ -135,6 +135,14 @@ def test_what_is_no_rotary_embedding_stays(function):
     assert fused_error(function, tensors)[1] < 1e-5
 
 
+def test_float64_stays():
+    tensors = [x.double() for x in inputs()]
+    with torch.inference_mode(), Recorder() as recorder:
+        turned(*tensors)
+        inverse_root(tensors[0].float())
+    assert fusing.fuse(recorder.steps) is recorder.steps
+
+
 def mean_is_kept(x):
     mean = x.pow(2).mean(-1, keepdim=True)
     return torch.rsqrt(mean + 1e-5) * mean
