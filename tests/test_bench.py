@@ -419,6 +419,33 @@ def test_standing_of_auto_by_hand(record):
     ]
 
 
+def test_standing_counts_prints_the_cells_below(record, tmp_path):
+    """Of two categories one is at 0.97 or more of the shape picked by hand; the other is listed."""
+    about = {"sources": None, "shape": None}
+    record["methods"] += [
+        {"name": "auto", "family": "auto", "ours": True, **about},
+        {"name": "shape", "family": "linear", "ours": True, **about},
+    ]
+    stats = {"rounds": 5, "drafted_nodes": 20, "accepted": 5}
+    stats |= {"draft_ms": 15.0, "verify_ms": 20.0, "commit_ms": 5.0}
+    for name, (first, second) in {"auto": (0.2, 0.25), "shape": (0.1, 0.4)}.items():
+        record["samples"] += [
+            fake_sample(name, task, seconds, stats=stats)
+            for task, seconds in (("a", first), ("b", second))
+        ]
+    results = tmp_path / "results.json"
+    results.write_text(json.dumps(record))
+    script = Path(__file__).parents[1] / "benchmarks" / "standing_counts.py"
+    ran = subprocess.run([sys.executable, script, results], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.splitlines() == [
+        "over plain decoding in this engine: 2 of 2 at 0.97 or more",
+        "over the fastest shape picked by hand: 1 of 2 at 0.97 or more",
+        "  0.500  results, T = 0, prose; 1.00 tokens a round, ms draft +1.00, verify +0.00, "
+        "commit +0.00",
+    ]
+
+
 def test_ranks_and_their_correlation_by_hand():
     assert figures.ranks([2.0, 5.0, 2.0, 1.0]) == [2.5, 1.0, 2.5, 4.0]
     assert figures.rank_correlation([1.0, 2.0, 3.0], [10.0, 20.0, 30.0]) == pytest.approx(1.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 BASE = "transformers plain"
@@ -153,6 +154,26 @@ def cells(record: dict[str, Any]) -> list[dict[str, Any]]:
 def categories(record: dict[str, Any]) -> list[str]:
     """The categories of the tasks, in order."""
     return list(dict.fromkeys(task["category"] for task in record["tasks"]))
+
+
+# What `auto` is held against, and whether a row counts.
+RIVALS: dict[str, Callable[[dict[str, Any]], bool]] = {
+    "plain decoding in this engine": lambda row: row["family"] == "engine",
+    "the fastest shape picked by hand": lambda row: row["ours"]
+    and row["family"] not in ("engine", "auto"),
+    "the fastest other library": lambda row: not row["ours"] and row["name"] != BASE,
+}
+
+
+def standing(record: dict[str, Any], **cell: Any) -> dict[str, float]:
+    """The speed of `auto` over that of each of `RIVALS` that has rows in a cell; empty without
+    `auto`. The fastest is picked by the very samples it is then judged by."""
+    found = rows(record, **cell)
+    auto = [row["speedup"] for row in found if row["family"] == "auto"]
+    speeds = {
+        title: [row["speedup"] for row in found if counts(row)] for title, counts in RIVALS.items()
+    }
+    return {title: max(auto) / max(theirs) for title, theirs in speeds.items() if auto and theirs}
 
 
 def all_rows(record: dict[str, Any]) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@ suite by category. A row that lost is shown like any other."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -230,34 +229,17 @@ def category_table(record: dict[str, Any], **cell: Any) -> Table:
     return Table(title, ["method", *names, "overall [95 %]"], lines)
 
 
-# What `auto` is held against: the name of the line, and whether a row counts.
-_RIVALS: tuple[tuple[str, Callable[[dict[str, Any]], bool]], ...] = (
-    ("plain decoding in this engine", lambda row: row["family"] == "engine"),
-    ("the fastest shape picked by hand", lambda row: row["ours"] and _is_shape(row)),
-    ("the fastest other library", lambda row: not row["ours"] and row["name"] != figures.BASE),
-)
-
-
-def _is_shape(row: dict[str, Any]) -> bool:
-    return row["family"] not in ("engine", "auto")
-
-
 def standing_table(record: dict[str, Any], **cell: Any) -> Table | None:
     """`auto` over its rivals of a cell, by category and over all; None without `auto` or without
-    rivals. The fastest is picked by the very samples it is then judged by, category by category.
-    """
+    rivals."""
     names = figures.categories(record)
     places = [{**cell, "category": name} for name in names if len(names) > 1] + [cell]
-    lines = []
-    for title, counts in _RIVALS:
-        line = [title]
-        for place in places:
-            rows = figures.rows(record, **place)
-            auto = [row["speedup"] for row in rows if row["family"] == "auto"]
-            rivals = [row["speedup"] for row in rows if counts(row)]
-            line.append(f"{max(auto) / max(rivals):.2f}×" if auto and rivals else "-")
-        if set(line[1:]) != {"-"}:
-            lines.append(line)
+    standings = [figures.standing(record, **place) for place in places]
+    lines = [
+        [title, *(f"{of[title]:.2f}×" if title in of else "-" for of in standings)]
+        for title in figures.RIVALS
+        if any(title in of for of in standings)
+    ]
     if not lines:
         return None
     columns = ["auto over", *(place.get("category", "overall") for place in places)]
