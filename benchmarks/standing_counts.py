@@ -45,7 +45,8 @@ def main() -> int:
     for path in args.files:
         record = json.loads(path.read_text(encoding="utf-8"))
         for cell in cells(record):
-            where = ", ".join([path.stem, f"T = {cell['temperature']:g}", cell["category"]])
+            place = f"T = {cell['temperature']:g}, batch {cell['batch']}, {cell['category']}"
+            where = f"{path.stem}, {place}"
             standings.append((where, figures.standing(record, **cell), record, cell))
     for rival in figures.RIVALS:
         ratios = [(of[rival], where, *about) for where, of, *about in standings if rival in of]

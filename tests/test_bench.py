@@ -441,8 +441,8 @@ def test_standing_counts_prints_the_cells_below(record, tmp_path):
     assert ran.stdout.splitlines() == [
         "over plain decoding in this engine: 2 of 2 at 0.97 or more",
         "over the fastest shape picked by hand: 1 of 2 at 0.97 or more",
-        "  0.500  results, T = 0, prose; 1.00 tokens a round, ms draft +1.00, verify +0.00, "
-        "commit +0.00",
+        "  0.500  results, T = 0, batch 1, prose; 1.00 tokens a round, ms draft +1.00, "
+        "verify +0.00, commit +0.00",
     ]
 
 
