@@ -62,10 +62,10 @@ def use_slot_positions(monkeypatch):
     """Node i stands at prefix + i, however deep it is."""
     forward = TreeModel.forward
 
-    def slots(self, tokens, positions, visible, offset=0, node_positions=None):
+    def slots(self, tokens, positions, visible, offset=0, *more, **keywords):
         rows = torch.arange(tokens.shape[1]) + offset
         positions = torch.tensor(self.cache.prefix_lens)[:, None] + rows
-        return forward(self, tokens, positions, visible, offset, node_positions)
+        return forward(self, tokens, positions, visible, offset, *more, **keywords)
 
     monkeypatch.setattr(TreeModel, "forward", slots)
 

@@ -21,6 +21,7 @@ from treespec.engine import Engine
 from treespec.policy import AdaptivePolicy, Outcome, make_policy, running_chances
 from treespec.sampling import TokenPicker
 from treespec.sources import OneShotSource, Proposal, StepwiseSource
+from treespec.steps import Steps
 from treespec.tree import (
     NODE_SIZES,
     Growth,
@@ -259,7 +260,7 @@ def grow(
     sources = ([MadeUpLookup(continuations)] if continuations is not None else []) + (
         [draft] if with_model else []
     )
-    target = SimpleNamespace(vocab_size=VOCAB, device=torch.device("cpu"))
+    target = SimpleNamespace(vocab_size=VOCAB, device=torch.device("cpu"), steps=Steps())
     engine = Engine(target, sources, policy)
     engine._tokens = torch.tensor(roots)[:, None]
     engine._lens = [1] * len(roots)
@@ -462,7 +463,7 @@ def test_merged_continuations_are_the_slow_trie(rows):
             padded[row, k, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
     growth = Growth(torch.zeros(len(rows), dtype=torch.long))
     chances = 0.5 * 0.8 ** np.arange(length)
-    growth.add_lookups(padded, np.tile(chances, (len(rows), 1)))
+    growth.add_lookups(padded, torch.tensor(chances, dtype=torch.float32).repeat(len(rows), 1))
     tree = growth.select(64, length)
     check_tree(tree)
     for row, listed in enumerate(rows):

@@ -216,11 +216,11 @@ def leaking_mask(monkeypatch):
     """One node sees a node that is no ancestor of it."""
     sound = TreeModel.forward
 
-    def leaking(self, tokens, positions, visible, *rest):
+    def leaking(self, tokens, positions, visible, *rest, **keywords):
         if visible.shape[1] > 3:
             visible = visible.clone()
             visible[:, 3, 1] = True
-        return sound(self, tokens, positions, visible, *rest)
+        return sound(self, tokens, positions, visible, *rest, **keywords)
 
     monkeypatch.setattr(TreeModel, "forward", leaking)
 

@@ -30,6 +30,7 @@ class RowText:
         max_tokens: most tokens to pick.
         ends: `(token, ids [1, L]) -> bool`, whether the row ends with `token`, the last of `ids`.
         keep_scores: keep scores and logits of every pick.
+        read: whether anything reads `ids`, which are kept up to date only then.
     """
 
     ids: torch.Tensor
@@ -38,6 +39,7 @@ class RowText:
     max_tokens: int
     ends: Callable[[int, torch.Tensor], bool]
     keep_scores: bool = False
+    read: bool = True
 
 
 @dataclass
@@ -57,8 +59,9 @@ class RowVerdict:
 
 def decide(
     logits: torch.Tensor, tree: Tree, picker: TokenPicker, rows: list[RowText]
-) -> list[RowVerdict]:
-    """The verdicts of all rows by one op, cut where a row ends.
+) -> list[RowVerdict] | None:
+    """The verdicts of all rows by one op, cut where a row ends; None where some node of a tree,
+    bare roots aside, turned NaN, which may have reached others.
 
     Args:
         logits: `[B, N, V]` of the target.
@@ -69,23 +72,17 @@ def decide(
     Raises:
         ValueError: if no token can be picked because scores are NaN or all -inf.
     """
-    verdict = picker.verify(logits, tree, [text.position for text in rows])
-    carried = tree.tokens.gather(1, verdict.path.clamp_min(0))
-    counts = torch.stack([verdict.accept_length, verdict.bonus_token], dim=1)
-    # the one host read of the round
-    read = torch.cat([counts, verdict.path, carried], dim=1).tolist()
+    # the one host read of a round
+    read = picker.told(logits, tree, [text.position for text in rows]).tolist()
     size = tree.tokens.shape[1]
-    return [
-        _cut(
-            values[2 : 3 + values[0]],
-            [*values[3 + size : 3 + size + values[0]], values[1]],
-            logits[row],
-            picker,
-            row,
-            text,
-        )
-        for row, (values, text) in enumerate(zip(read, rows))
-    ]
+    if size > 1 and any(broken for broken, *_ in read):
+        return None
+    verdicts = []
+    for row, (values, text) in enumerate(zip(read, rows)):
+        _, accepted, bonus = values[:3]
+        path, carried = values[3 : 4 + accepted], values[4 + size : 4 + size + accepted]
+        verdicts.append(_cut(path, [*carried, bonus], logits[row], picker, row, text))
+    return verdicts
 
 
 def _cut(
@@ -100,7 +97,9 @@ def _cut(
     if tokens[-1] < 0:
         raise picker.cannot_pick(logits[path[-1]], text.position + len(path) - 1)
     count = min(len(tokens), text.max_tokens)
-    text.ids[0, text.length : text.length + count] = on_device(tokens[:count], text.ids.device)
+    if text.read:
+        written = on_device(tokens[:count], text.ids.device)
+        text.ids[0, text.length : text.length + count] = written
     verdict = RowVerdict(path=[], tokens=[])
     for step in range(count):
         verdict.path.append(path[step])

@@ -54,8 +54,8 @@ _IDLE_ROUNDS = 8
 # A text repeats itself when asking the lookups brings this many tokens: there is no rest in it.
 _REPEATS = 0.7
 # Tokens of a continuation to begin with and at most: one that proved right to its end is followed
-# by one twice as long.
-_LOOKUP_LENGTHS = (20, 63)
+# by one about twice as long, of few lengths.
+_LOOKUP_LENGTHS = (20, 32, 48, 63)
 # The shares that lookups may have lost lately and in one text, and still be used where that is
 # expected to pay. What those of one sequence lose they make up for in the next that repeats itself.
 _DEBTS = (0.01, 0.015)
@@ -590,8 +590,8 @@ class AutoPolicy(Policy):
     def _look_ahead(self, brought: int) -> None:
         """Chooses the length of the next continuation by how much of the last one was right."""
         if self.lookup_length:
-            usual, longest = _LOOKUP_LENGTHS
-            self.lookup_length = min(max(2 * brought, usual), longest)
+            longer = (length for length in _LOOKUP_LENGTHS if length >= 2 * brought)
+            self.lookup_length = next(longer, _LOOKUP_LENGTHS[-1])
 
     def predictions(self) -> list[whatif.Prediction]:
         """What plain decoding, lookup alone, the best chain and the best tree would bring now."""

@@ -128,16 +128,18 @@ class TreeCache:
         longest = max(map(len, kept))
         padded = [path + [-1] * (longest - len(path)) for path in kept]
         ends = [len(path) - 1 for path in kept]
+        batch = len(kept)
         for device in {spec.device for spec in self._storage}:
             layers = [
                 (keys[: self._active].flatten(1, 2), values[: self._active].flatten(1, 2))
                 for spec, (keys, values) in self._storage.items()
                 if spec.device == device
             ]
+            sent = on_device([*ends, *starts, *itertools.chain(*padded)], device)
             ops.compact_kv(
                 layers,
-                on_device(padded, device),
-                on_device(ends, device),
-                on_device(starts, device),
+                sent[2 * batch :].view(batch, longest),
+                sent[:batch],
+                sent[batch : 2 * batch],
                 implementation=self._implementation,
             )

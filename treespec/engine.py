@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 
+from treespec import graphs
 from treespec.acceptance import RowText, RowVerdict, decide, walk
 from treespec.laps import Laps
 from treespec.model import PREFILL_CHUNK, TreeModel
@@ -20,7 +22,7 @@ from treespec.policy import Outcome, Policy
 from treespec.sampling import TokenPicker
 from treespec.sources.base import DraftSource, OneShotSource, Sequences, StepwiseSource
 from treespec.stats import RowStats, SpeculationStats
-from treespec.transfer import on_device
+from treespec.transfer import floats_on_device, on_device
 from treespec.tree import Growth, Tree, root_only, round_up_nodes, sibling_counts
 
 
@@ -50,6 +52,11 @@ class Request:
     pad_id: int = 0
     keep_scores: bool = False
     warming: bool = False
+
+    @property
+    def reads_ids(self) -> bool:
+        """Whether anything but the target reads the text as ids while it is written."""
+        return self.stop is not None or self.keep_scores or not self.picker.in_one_op
 
     def ends(self, token: int, ids: torch.Tensor) -> bool:
         """Whether a row with the tokens `ids` `[1, L]` ends with the last of them, `token`."""
@@ -84,8 +91,13 @@ class Engine:
         self.sources = [*self.lookups, *self.drafts]
         self.policy = policy
         self._laps = Laps(target.device)
+        self.steps = target.steps
         self.stats = SpeculationStats()
         self._request: Request | None = None
+        # what graphs read, kept from call to call
+        self._history: torch.Tensor | None = None
+        self._lens_held: torch.Tensor | None = None
+        self._bare_trees: dict[int, Tree] = {}
 
     def run(self, request: Request) -> Iterator[list[tuple[int, list[int]]]]:
         """Generates; after every round yields `(row index, new tokens)` of the rows that took part.
@@ -134,7 +146,7 @@ class Engine:
         )
         self._ids[:, :width] = request.input_ids
         # unpadded views of the same text, for the models and sources
-        self._tokens = torch.zeros(batch, capacity + 1, dtype=torch.long, device=device)
+        self._tokens = self._text_buffer(batch, capacity + 1)
         for row, prompt in enumerate(request.prompts):
             self._tokens[row, : len(prompt)] = prompt
         self._lens = [len(prompt) for prompt in request.prompts]
@@ -146,12 +158,31 @@ class Engine:
         self.target.ingest(self._tokens, [length - 1 for length in self._lens])
         prefill_ms = 1e3 * (time.perf_counter() - started)
         self.policy.begin(longest, request.picker.do_sample, prefill_ms)
+        request.picker.steps = self.steps
+        sequences = self._sequences()
         for source in self.sources:
-            source.begin(self._sequences(), _round_up(capacity + slack, 256))
+            source.begin(sequences, _round_up(capacity + slack, 256))
+
+    def _text_buffer(self, batch: int, length: int) -> torch.Tensor:
+        """int64 `[batch, length]` of zeros, or longer; the same one again where graphs read it."""
+        device = self.target.device
+        if not self.steps.captured:
+            return torch.zeros(batch, length, dtype=torch.long, device=device)
+        kept, length = self._history, graphs.roomy(length)
+        if kept is None or kept.shape[0] != batch or kept.shape[1] < length:
+            kept = torch.zeros(batch, length, dtype=torch.long, device=device)
+            self._history = self.steps.hold(kept)
+            lens = torch.ones(batch, dtype=torch.long, device=device)
+            self._lens_held = self.steps.hold(lens)
+        return kept.zero_()
 
     def _sequences(self) -> Sequences:
         rounds_ahead = None if self.policy.may_record else self._rounds_ahead()
-        return Sequences(self._tokens, self._lens, rounds_ahead)
+        sequences = Sequences(self._tokens, self._lens, rounds_ahead, self.steps)
+        if self._lens_held is not None:
+            held = self._lens_held[: len(self._lens)]
+            sequences.lens_on_device = held.copy_(on_device(self._lens, held.device))
+        return sequences
 
     def _rounds_ahead(self) -> float | None:
         """About how many rounds of as many rows are still to come, from those so far; None while
@@ -193,15 +224,23 @@ class Engine:
         budgets = [request.max_new_tokens - len(row.new_tokens) for row in self._active]
         tree, match_lengths, levels = self._grow(request.picker, budgets)
         self._laps.mark()
-        tree, logits = self._verify(tree)
+        logits = self._verify(tree)
         self._laps.mark()
         verdicts = self._decide(request, tree, logits, budgets)
+        if verdicts is None:
+            # some node turned NaN, which reaches its siblings: the roots alone
+            self.target.cache.clear_nodes()
+            roots, self._placed = _roots_placed(self._tokens, request.picker.lens)
+            tree = self._bare(roots)
+            verdicts = self._decide(request, tree, self._verify(tree), budgets)
+            assert verdicts is not None, "a bare root's token is picked or refused"
         news = self._commit(request, tree, verdicts)
         total_ms = 1e3 * (time.perf_counter() - started)
         draft_ms, verify_ms = self._laps.read()
         asked = self.drafts if levels else []
         drafts_recorded = sum(source.recording_ms for source in asked)
-        recorded = self.target.recording_ms
+        # of a step it is not known whose it was
+        recorded = self.target.recording_ms + self.steps.capture_ms
         outcome = Outcome(
             tree=tree,
             paths=[verdict.path for verdict in verdicts],
@@ -215,8 +254,8 @@ class Engine:
             sampled=request.picker.do_sample,
             draft_extra_ms=sum(source.unrecorded_ms for source in asked),
             verify_extra_ms=self.target.unrecorded_ms,
-            settled=self.target.settled,
-            draft_settled=all(source.settled for source in asked),
+            settled=self.target.settled and self.steps.settled,
+            draft_settled=self.steps.settled and all(source.settled for source in asked),
             recording_ms=drafts_recorded + recorded,
             warming=request.warming,
         )
@@ -230,26 +269,40 @@ class Engine:
     def _grow(self, picker: TokenPicker, budgets: list[int]) -> tuple[Tree, list[int] | None, int]:
         drafts = self.policy.begin_round(budgets) and self.sources
         sequences = self._sequences()
-        roots = sequences.roots()
-        if not drafts:
-            return root_only(roots), None, 0
+        picker.lens = sequences.lens_on_device
+        roots, self._placed = self.steps(_roots_placed, sequences.tokens, picker.lens)
         # the bonus token takes one place, so deeper nodes could never be kept
         room = max(budgets) - 1
-        depth, length = (min(n, room) for n in (self.policy.max_depth, self.policy.lookup_length))
+        depth, length = self.policy.max_depth, self.policy.lookup_length
+        if not self.steps.captured:
+            # of graphs, every size takes one of its own
+            depth, length = min(depth, room), min(length, room)
         deepest = max(depth, length)
-        if deepest <= 0:
-            return root_only(roots), None, 0
-        growth = Growth(roots, picker.implementation)
+        if not drafts or deepest <= 0 or room <= 0:
+            return self._bare(roots), None, 0
+        growth = self.steps.make(Growth, roots, picker.implementation)
         match_lengths = self._add_lookups(growth, sequences, length)
         levels = 0
         if self.drafts and self.policy.wants_draft(growth.lookup_scores()):
             levels = self._grow_levels(growth, sequences, picker, depth)
         if growth.count == 1:
-            return root_only(roots), match_lengths, 0
+            return self._bare(roots), match_lengths, 0
         # drawn siblings are all verified: leaving some out by what they are would bias the rest
         count = growth.count if picker.rejects else self.policy.nodes_to_verify(growth.all_scores())
-        tree = growth.select(count, deepest, self.policy.node_sizes)
+        sizes = self.policy.node_sizes
+        if self.steps.captured:
+            # as many as the width has places for, which would be padding
+            count = round_up_nodes(count, sizes)
+        tree = self.steps.on(growth, Growth.select, count, deepest, sizes)
+        self._placed = self.steps(_placed, picker.lens, tree.depths)
         return tree, match_lengths, levels
+
+    def _bare(self, roots: torch.Tensor) -> Tree:
+        """Trees of nothing but their roots; all but the tokens is the same every time."""
+        batch = len(roots)
+        if batch not in self._bare_trees:
+            self._bare_trees[batch] = root_only(roots)
+        return replace(self._bare_trees[batch], tokens=roots.view(batch, 1))
 
     def _add_lookups(
         self, growth: Growth, sequences: Sequences, length: int
@@ -262,7 +315,9 @@ class Engine:
             continuations = torch.cat([p.continuations for p in proposals], dim=1)
             # a source may propose anything, even tokens that the target does not have
             continuations = continuations.masked_fill(continuations >= self.target.vocab_size, -1)
-            growth.add_lookups(continuations, self.policy.lookup_chances(match_lengths, length))
+            chances = np.maximum(self.policy.lookup_chances(match_lengths, length), 1e-9)
+            weights = floats_on_device(chances, continuations.device)
+            self.steps.on(growth, Growth.add_lookups, continuations, weights)
         return match_lengths
 
     def _grow_levels(
@@ -271,7 +326,8 @@ class Engine:
         source = self.drafts[0]
         source.start_round()
         logits, root_row, chain, offset = source.root_logits(sequences)
-        growth.begin_levels(offset + self.policy.max_rows, root_row, chain)
+        rows = offset + self.policy.max_rows
+        self.steps.on(growth, Growth.begin_levels, rows, root_row, chain)
         sharpness = self.policy.sharpness(picker)
         room = self.policy.node_budget() - 1
         for level in range(depth):
@@ -283,10 +339,11 @@ class Engine:
                 self._rank(growth, picker, logits, level, sharpness)
             if level + 1 == depth or room <= 0:
                 break
-            scores = growth.choose_frontier(level + 1, *self.policy.frontier(level + 1))
+            wanted = self.policy.frontier(level + 1)
+            scores = self.steps.on(growth, Growth.choose_frontier, level + 1, *wanted)
             if not self.policy.worth_expanding(scores):
                 break
-            tokens, visible = growth.enter_rows(offset)
+            tokens, visible = self.steps.on(growth, Growth.enter_rows, offset)
             logits = source.level_logits(tokens, level + 1, visible, offset)
             offset += tokens.shape[1]
         return level + 1
@@ -300,14 +357,8 @@ class Engine:
         sharpness: float,
     ) -> None:
         """Gives the frontier its likeliest children."""
-        parents, count = growth.frontier_scores, self.policy.children(level)
-        positions = [length + level for length in self._lens]
-        tokens, scores = picker.children(logits, parents, count, positions, sharpness)
-        breadth = self.policy.breadth(scores - parents.unsqueeze(2))
-        if breadth is not None:
-            order = torch.arange(count, device=scores.device)
-            scores = scores.masked_fill(order >= breadth.unsqueeze(2), float("-inf"))
-        growth.expand(tokens, scores)
+        count = self.policy.children(level)
+        picker.rank(growth, logits, level, count, self._lens, sharpness, self.policy.breadth)
 
     def _draw(
         self, growth: Growth, picker: TokenPicker, logits: torch.Tensor, level: int, limit: int
@@ -322,25 +373,18 @@ class Engine:
         growth.expand(*picker.draw(logits, parents, counts, count, growth.frontier, self._lens))
         return min(limit, parents.shape[1] * count)
 
-    def _verify(self, tree: Tree) -> tuple[Tree, torch.Tensor]:
-        """The tree and its logits; of the roots alone if some node turned NaN, which would reach
-        its siblings."""
-        cache = self.target.cache
-        prefix = on_device(cache.prefix_lens, tree.tokens.device).unsqueeze(1)
+    def _verify(self, tree: Tree) -> torch.Tensor:
+        """The target's logits `[B, N, V]`."""
         if tree.tokens.shape[1] > 1 and self.policy.may_record:
             self.target.rounds_ahead = None
-        logits = self.target.forward(tree.tokens, prefix + tree.depths, tree.visible)
-        if tree.tokens.shape[1] > 1 and bool(logits[..., 0].isnan().any()):
-            cache.clear_nodes()
-            tree = root_only(tree.tokens[:, 0])
-            logits = self.target.forward(tree.tokens, prefix, tree.visible)
-        return tree, logits
+        prefix, positions = self._placed
+        return self.target.forward(tree.tokens, positions, tree.visible, prefix_lens=prefix)
 
     def _decide(
         self, request: Request, tree: Tree, logits: torch.Tensor, budgets: list[int]
-    ) -> list[RowVerdict]:
+    ) -> list[RowVerdict] | None:
         """What every row accepts: by one op where all processors are known to it, else node by
-        node."""
+        node; None where some node turned NaN."""
         rows = [
             RowText(
                 self._ids[row : row + 1],
@@ -349,11 +393,14 @@ class Engine:
                 budgets[row],
                 request.ends,
                 request.keep_scores,
+                request.reads_ids,
             )
             for row in range(len(self._active))
         ]
         if request.picker.in_one_op:
             return decide(logits, tree, request.picker, rows)
+        if tree.tokens.shape[1] > 1 and bool(logits[..., 0].isnan().any()):
+            return None
         return [walk(logits[row], tree, row, request.picker, text) for row, text in enumerate(rows)]
 
     def _commit(
@@ -368,21 +415,32 @@ class Engine:
             state.scores += verdict.scores
             state.logits += verdict.logits
             state.finished = verdict.ended or len(state.new_tokens) >= request.max_new_tokens
-            length = self._lens[row]
-            self._tokens[row, length : length + kept] = on_device(tokens, self._tokens.device)
-            self._lens[row] = length + kept
+            self._lens[row] += kept
             share = self.stats.per_row[state.index]
             share.rounds += 1
             share.new_tokens += kept
             share.accepted += len(verdict.path) - 1
             news.append((state.index, tokens))
             draft_paths.append(self._draft_path(tree, row, verdict.path))
+        self._write([verdict.tokens for verdict in verdicts])
         self.target.cache.commit([verdict.path for verdict in verdicts])
         if tree.draft_rows is not None:
             self.drafts[0].commit(draft_paths)
         if any(state.finished for state in self._active):
             self._drop_finished(request.picker)
         return news
+
+    def _write(self, new: list[list[int]]) -> None:
+        """Puts every row's new tokens, which its length counts already, into its text."""
+        longest = max(map(len, new))
+        # a row with fewer repeats its last
+        tokens = [row + row[-1:] * (longest - len(row)) for row in new]
+        places = [
+            [length - len(row) + min(step, len(row) - 1) for step in range(longest)]
+            for length, row in zip(self._lens, new)
+        ]
+        places_there, tokens_there = on_device([places, tokens], self._tokens.device)
+        self._tokens.scatter_(1, places_there, tokens_there)
 
     @staticmethod
     def _draft_path(tree: Tree, row: int, path: list[int]) -> list[int]:
@@ -399,6 +457,21 @@ class Engine:
         stats.draft_forwards += outcome.draft_levels
         stats.drafted_nodes += int(outcome.tree.num_nodes.sum()) - len(outcome.paths)
         stats.accept_lengths.update(len(path) - 1 for path in outcome.paths)
+
+
+# Of tensors alone, so that graphs can be captured of them.
+def _placed(lens: torch.Tensor, depths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int64 `[B]` committed rows, all but the roots', and `[B, N]` positions of nodes behind
+    them."""
+    prefix = lens - 1
+    return prefix, prefix.unsqueeze(1) + depths
+
+
+def _roots_placed(tokens: torch.Tensor, lens: torch.Tensor) -> tuple[torch.Tensor, tuple]:
+    """int64 `[B]` roots, and where they are placed."""
+    prefix = lens - 1
+    positions = prefix.unsqueeze(1)
+    return tokens.gather(1, positions).squeeze(1), (prefix, positions)
 
 
 def _round_up(count: int, multiple: int) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -56,7 +57,7 @@ class CapturedForward:
         except RecordingRefused:
             raise
         except Exception as failure:
-            raise RecordingRefused(_reason(failure)) from failure
+            raise RecordingRefused(reason_of(failure)) from failure
 
     def _forward(self, call: Callable) -> torch.Tensor:
         with hf.forward_scope(self._data):
@@ -64,8 +65,7 @@ class CapturedForward:
 
     def __call__(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Logits of the forward under way, until the model's next forward."""
-        self._tokens.copy_(tokens)
-        self._data.take_over(hf.current_forward())
+        self._data.take_over(hf.current_forward(), self._tokens, tokens)
         self._replay()
         return self._logits
 
@@ -77,7 +77,7 @@ class _GraphForward(hf.Forward):
     def like(cls, forward: hf.Forward) -> _GraphForward:
         """One of the same shape, with its data in tensors of its own."""
         positions = forward.positions.clone()
-        own = cls(
+        return cls(
             forward.cache,
             forward.num_nodes,
             forward.offset,
@@ -88,13 +88,12 @@ class _GraphForward(hf.Forward):
             else forward.node_positions.clone(),
             forward.kernel,
             forward.rotary,
+            forward.prefix_lens().clone(),
         )
-        own._prefix_lens = forward.prefix_lens().clone()
-        return own
 
     def renewed(self) -> _GraphForward:
         """The same tensors without what was computed from them, so that a graph computes it."""
-        own = _GraphForward(
+        return _GraphForward(
             self.cache,
             self.num_nodes,
             self.offset,
@@ -103,17 +102,21 @@ class _GraphForward(hf.Forward):
             self.node_positions,
             self.kernel,
             self.rotary,
+            self._prefix_lens,
         )
-        own._prefix_lens = self._prefix_lens
-        return own
 
-    def take_over(self, forward: hf.Forward) -> None:
-        """Fills the tensors with another call's data."""
-        self.visible.copy_(forward.visible)
-        self.positions.copy_(forward.positions)
+    def take_over(
+        self, forward: hf.Forward, own_tokens: torch.Tensor, tokens: torch.Tensor
+    ) -> None:
+        """Fills the tensors, tokens among them, with another call's data."""
+        own = [own_tokens, self.positions, self._prefix_lens]
+        given = [tokens, forward.positions, forward.prefix_lens()]
         if self.node_positions is not self.positions:
-            self.node_positions.copy_(forward.node_positions)
-        self._prefix_lens.copy_(forward.prefix_lens())
+            own.append(self.node_positions)
+            given.append(forward.node_positions)
+        # one launch for all of a type
+        torch._foreach_copy_(own, given)
+        self.visible.copy_(forward.visible)
 
     def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         starts = self._row_starts()
@@ -137,7 +140,7 @@ class _GraphForward(hf.Forward):
         return super().attend(query, key, value, bias, scale, softcap, sinks, window)
 
 
-def _reason(failure: BaseException) -> str:
+def reason_of(failure: BaseException) -> str:
     """What ended a capture: the end of a broken one fails in its turn."""
     while failure.__context__ is not None:
         failure = failure.__context__
@@ -145,15 +148,20 @@ def _reason(failure: BaseException) -> str:
 
 
 def capture_graph(
-    function: Callable[[], torch.Tensor], device: torch.device, pool: tuple[int, int] | None
-) -> tuple[Callable[[], None], torch.Tensor]:
+    function: Callable[[], Any], device: torch.device, pool: tuple[int, int] | None
+) -> tuple[Callable[[], None], Any]:
     """The kernels that `function` launches, ready to be launched again, and where its result will
     lie."""
     graph = torch.cuda.CUDAGraph()
-    # other threads may go on allocating meanwhile
-    capture = torch.cuda.graph(graph, pool, _stream(device), capture_error_mode="thread_local")
-    with torch.cuda.device(device), capture:
-        result = function()
+    torch.cuda.synchronize(device)
+    # not `torch.cuda.graph`, which gives all free memory back first
+    with torch.cuda.device(device), torch.cuda.stream(_stream(device)):
+        # other threads may go on allocating meanwhile
+        graph.capture_begin(pool, capture_error_mode="thread_local")
+        try:
+            result = function()
+        finally:
+            graph.capture_end()
     return graph.replay, result
 
 

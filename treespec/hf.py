@@ -49,6 +49,7 @@ class Forward:
         node_positions: int64 `[B, offset + N]` positions of all node rows.
         kernel: attend with the Triton kernel where it can express the layer.
         rotary: what stands in for the model's rotary function when the kernel attends.
+        prefix_lens: int64 `[B]`, the committed rows, if they are on the device already.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Forward:
         node_positions: torch.Tensor,
         kernel: bool = False,
         rotary: Rotary | None = None,
+        prefix_lens: torch.Tensor | None = None,
     ) -> None:
         self.cache = cache
         self.num_nodes = num_nodes
@@ -72,7 +74,7 @@ class Forward:
         # a chain is prefill, where nodes are many and the prefix is short
         self.kernel = kernel and visible is not None and offset + num_nodes <= MAX_NODES
         self.rotary = rotary if self.kernel else None
-        self._prefix_lens: torch.Tensor | None = None
+        self._prefix_lens = prefix_lens
         self._starts: torch.Tensor | None = None
         self._packed: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self._bits: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None

@@ -20,6 +20,7 @@ from treespec.packing import PackedWeights, copy_bytes, pack_linears
 from treespec.rotary import NAME as ROTARY_NAME
 from treespec.rotary import FusedRotary, Rotary, WatchedRotary, rotary_modules, taken_over
 from treespec.shapes import MAX_NODES
+from treespec.steps import Steps
 from treespec.transfer import on_device
 
 # Largest share by which a tree's logits may differ from a sequence's at attachment, in units of the
@@ -74,6 +75,8 @@ class TreeModel:
         self.cache: TreeCache | None = None
         self._records, self._captures = record, graphs
         self._graph_pool: tuple[int, int] | None = None
+        # what is done between the forwards of a round, on the kernels' path
+        self.steps = Steps(self.on_graphs and self.kernel)
         self.recording_reason = self._recording_obstacle()
         self._recordings: dict[tuple, _Recording] = {}
         self.rounds_ahead: float | None = None
@@ -313,6 +316,7 @@ class TreeModel:
         """Gives back the buffers, the recordings and the prepacked weights."""
         self.cache = self._facade = self._prefix = None
         self._forget_recordings()
+        self.steps.forget()
         if self._packed is not None:
             self._packed.forget()
 
@@ -325,6 +329,7 @@ class TreeModel:
         """
         self.recording_ms = self.unrecorded_ms = 0.0
         self.settled = True
+        self.steps.start_round()
 
     def drop_row(self, row: int) -> None:
         self.cache.drop_row(row)
@@ -387,6 +392,7 @@ class TreeModel:
         visible: torch.Tensor,
         offset: int = 0,
         node_positions: torch.Tensor | None = None,
+        prefix_lens: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Forwards one batch of tree nodes.
 
@@ -397,14 +403,16 @@ class TreeModel:
             offset: node rows forwarded before these, past the prefix.
             node_positions: int64 `[B, offset + N]`, positions of all node rows; needed when
                 `offset` > 0.
+            prefix_lens: int64 `[B]`, the cache's committed rows, if they are on the device already.
 
         Returns:
             Logits `[B, N, V]`; their storage may be reused by the next forward.
         """
         num_nodes = tokens.shape[1]
-        if self.position_limit:
-            positions = positions.clamp_max(self.position_limit - 1)
         assert self.cache is not None
+        last = max(self.cache.prefix_lens) + offset + num_nodes
+        if self.position_limit and last > self.position_limit:
+            positions = positions.clamp_max(self.position_limit - 1)
         call = hf.Forward(
             self.cache,
             num_nodes,
@@ -414,6 +422,7 @@ class TreeModel:
             positions if node_positions is None else node_positions,
             self.kernel,
             self.rotary,
+            prefix_lens,
         )
         if call.num_slots > self.cache.capacity:
             raise RuntimeError(

@@ -216,6 +216,10 @@ class ShapePolicy(Policy):
         assert isinstance(shape, BestFirstTree)
         return shape.width, _LOWEST
 
+    def worth_expanding(self, scores):
+        # where no threshold cuts anything there is no need to look
+        return self.frontier(1)[1] == _LOWEST or super().worth_expanding(scores)
+
     def describe(self):
         return f"{self.shape}, as asked for"
 

@@ -10,6 +10,7 @@ its own logits plus the *same* noise, so the two agree more often than independe
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +19,9 @@ from transformers.generation import SuppressTokensLogitsProcessor, TopPLogitsWar
 
 from treespec.kernels import ops
 from treespec.kernels.warpers import Warpers, warped_scores
+from treespec.steps import Steps
 from treespec.transfer import on_device
-from treespec.tree import Tree
+from treespec.tree import Growth, Tree
 
 RULES = ("coupled", "target_only", "without_replacement", "traversal")
 # Rules that need siblings drawn from the draft, by numbers the target does not share.
@@ -149,6 +151,8 @@ class TokenPicker:
     Attributes:
         warpers: the processors as arguments of `ops.verify_sampled`, or None where one of them is
             not among these and the walk must ask it at every node.
+        steps: calls functions of tensors, on a GPU perhaps as graphs.
+        lens: int64 `[B]` on the device, committed tokens of every row, if they are at hand.
     """
 
     def __init__(
@@ -164,6 +168,9 @@ class TokenPicker:
     ) -> None:
         self.warpers = warpers_of(processors)
         self.implementation = implementation
+        self.steps = Steps()
+        self.lens: torch.Tensor | None = None
+        self._keys_on_device: tuple[torch.Tensor, torch.Tensor] | None = None
         self._processors = [
             LogitsProcessorList(processor_of_row(p, row) for p in processors) for row in row_ids
         ]
@@ -235,7 +242,7 @@ class TokenPicker:
         if self.noise is None:
             return ops.verify_greedy(*trees, implementation=self.implementation)
         assert self.warpers is not None
-        roots = on_device(lens, logits.device).unsqueeze(1) - 1
+        roots = on_device(lens, logits.device) if self.lens is None else self.lens
         rejects = self.rejects and tree.draft_probs is not None
         noise = None
         if self.implementation == "torch" and not rejects:
@@ -243,16 +250,34 @@ class TokenPicker:
             noise = self.noise.table(lens, int(tree.depths.max()) + 1)
         return ops.verify_sampled(
             *trees,
-            positions=roots + tree.depths,
+            positions=roots.unsqueeze(1) - 1 + tree.depths,
             draft_probs=tree.draft_probs if rejects else None,
             # a bare root is decided by the shared noise, which no rejection has used
             rule=self.rule if rejects else "coupled",
             drafting="sampled" if rejects else None,
             noise=noise,
-            seed=self.noise.seed,
-            rows=on_device(self.noise.row_ids, logits.device),
             implementation=self.implementation,
+            **self._keys(logits),
             **self.warpers,
+        )
+
+    def told(self, logits: torch.Tensor, tree: Tree, lens: list[int]) -> torch.Tensor:
+        """int64 `[B, 3 + 2N]`: whether some node's logits are NaN, then the verdict of `verify`
+        (accept length, bonus token, path), and the tokens that the path carries."""
+        if not self.steps.captured or self.rejects:
+            return _told(self.verify(logits, tree, lens), logits, tree.tokens)
+        trees = (logits, tree.tokens, tree.parents, tree.num_nodes)
+        if self.noise is None:
+            return self.steps(_told_greedy, *trees)
+        keys = self._keys(logits)
+        return self.steps(
+            _told_sampled,
+            *trees,
+            tree.depths,
+            self.lens,
+            keys["seed"],
+            keys["rows"],
+            tuple(self.warpers.items()),
         )
 
     @property
@@ -319,6 +344,50 @@ class TokenPicker:
             **known,
         )
 
+    def rank(
+        self,
+        growth: Growth,
+        logits: torch.Tensor,
+        level: int,
+        count: int,
+        positions: list[int],
+        sharpness: float,
+        breadth: Callable[[torch.Tensor], torch.Tensor | None],
+    ) -> None:
+        """Gives a growth's frontier its likeliest children, as `children` finds them.
+
+        Args:
+            growth: whose frontier.
+            logits: `[B, F, V]` of the draft.
+            level: of the frontier.
+            count: K, most children.
+            positions: committed tokens of every row.
+            sharpness: factor on the scores.
+            breadth: the children of every node, as `Policy.breadth` gives them.
+        """
+        if self.steps.captured and not self._draft_processors:
+            keys = self._keys(logits) if self.knows_pick else {"seed": None, "rows": None}
+            self.steps.on(
+                growth,
+                _rank_by_kernel,
+                logits,
+                self.lens,
+                keys["seed"],
+                keys["rows"],
+                level,
+                count,
+                # a graph for every sharpness would be too many
+                max(round(4 * sharpness), 1) / 4,
+                breadth,
+                self.vocab_size,
+                tuple(self._draft_warpers.items()),
+            )
+            return
+        places = [length + level for length in positions]
+        parents = growth.frontier_scores
+        tokens, scores = self.children(logits, parents, count, places, sharpness)
+        growth.expand(tokens, kept_children(scores, parents, breadth))
+
     def draw(
         self,
         logits: torch.Tensor,
@@ -371,11 +440,81 @@ class TokenPicker:
 
     def _keys(self, logits: torch.Tensor) -> dict:
         """What the noise is keyed on, as arguments of `ops.draft_children`."""
-        rows = on_device(self.noise.row_ids, logits.device)
-        return {"seed": self.noise.seed, "rows": rows}
+        if self._keys_on_device is None:
+            seed, rows = self.noise.seed, self.noise.row_ids
+            if self.implementation != "torch":
+                # a graph's constants would tie it to one seed
+                seed = on_device([seed - (seed >> 63 << 64)] * len(rows), logits.device)
+            self._keys_on_device = seed, on_device(rows, logits.device)
+        seed, rows = self._keys_on_device
+        return {"seed": seed, "rows": rows}
 
     def drop_row(self, row: int) -> None:
+        self._keys_on_device = None
         self._processors[row] = self._processors[-1]
         self._processors.pop()
         if self.noise is not None:
             self.noise.drop_row(row)
+
+
+def kept_children(
+    scores: torch.Tensor,
+    parents: torch.Tensor,
+    breadth: Callable[[torch.Tensor], torch.Tensor | None],
+) -> torch.Tensor:
+    """Scores `[B, F, K]` of children, -inf for those beyond the breadth of their parent, of scores
+    `[B, F]`."""
+    counts = breadth(scores - parents.unsqueeze(2))
+    if counts is None:
+        return scores
+    order = torch.arange(scores.shape[2], device=scores.device)
+    return scores.masked_fill(order >= counts.unsqueeze(2), _CUT)
+
+
+# Of tensors and constants alone, so that graphs can be captured of them.
+def _rank_by_kernel(
+    growth, logits, lens, seed, rows, level, count, sharpness, breadth, vocab_size, warpers
+) -> None:
+    logits, parents, known = logits[..., :vocab_size], growth.frontier_scores, {}
+    if seed is not None:
+        places = (lens.unsqueeze(1) + level).expand(-1, logits.shape[1])
+        known = {"drafting": "coupled", "positions": places, "seed": seed, "rows": rows}
+    tokens, scores = ops.draft_children(
+        logits,
+        parents,
+        count,
+        sharpness=sharpness,
+        implementation="triton",
+        **dict(warpers),
+        **known,
+    )
+    growth.expand(tokens, kept_children(scores, parents, breadth))
+
+
+def _told(verdict: ops.Verdict, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    carried = tokens.gather(1, verdict.path.clamp_min(0))
+    broken = logits[..., 0].isnan().any(1).long()
+    heads = torch.stack([broken, verdict.accept_length, verdict.bonus_token], dim=1)
+    return torch.cat([heads, verdict.path, carried], dim=1)
+
+
+def _told_greedy(logits, tokens, parents, num_nodes) -> torch.Tensor:
+    verdict = ops.verify_greedy(logits, tokens, parents, num_nodes, implementation="triton")
+    return _told(verdict, logits, tokens)
+
+
+def _told_sampled(
+    logits, tokens, parents, num_nodes, depths, lens, seed, rows, warpers
+) -> torch.Tensor:
+    verdict = ops.verify_sampled(
+        logits,
+        tokens,
+        parents,
+        num_nodes,
+        positions=lens.unsqueeze(1) - 1 + depths,
+        seed=seed,
+        rows=rows,
+        implementation="triton",
+        **dict(warpers),
+    )
+    return _told(verdict, logits, tokens)

@@ -156,7 +156,7 @@ class Growth:
         self.frontier_scores = self.scores[:, :1]
         self._draft_rows: torch.Tensor | None = None
         self._draft_visible: torch.Tensor | None = None
-        self._probs: list[torch.Tensor] = []
+        self._probs: tuple[torch.Tensor, ...] = ()
         self._prob_rows: torch.Tensor | None = None
 
     def all_scores(self) -> torch.Tensor:
@@ -184,19 +184,19 @@ class Growth:
         self.scores[:, place] = scores
         self._level_start, self.count = self.count, end
 
-    def add_lookups(self, continuations: torch.Tensor, chances: np.ndarray) -> None:
+    def add_lookups(self, continuations: torch.Tensor, weights: torch.Tensor) -> None:
         """Adds continuations of the committed text as a trie. At most once, before any level.
 
         Args:
             continuations: int64 `[B, M, L]`, -1 padded.
-            chances: `[B, L]`, that a row's tokens so far are right, up to each place.
+            weights: float32 `[B, L]`, the chances that a row's tokens so far are right, up to each
+                place; above 0.
         """
         num, length = continuations.shape[1:]
         device = continuations.device
         parents, fresh, share = ops.merge_continuations(
             continuations, implementation=self._implementation
         )
-        weights = torch.from_numpy(np.maximum(chances, 1e-9, dtype=np.float32)).to(device)
         scores = (share * weights.unsqueeze(1)).log_().masked_fill_(~fresh, _EMPTY)
         self.num_lookups = num * length
         self._append(
@@ -248,7 +248,7 @@ class Growth:
         first = sum(rows.shape[1] for rows in self._probs)
         rows = torch.arange(first, first + probs.shape[1], device=probs.device)
         self._prob_rows.scatter_(1, self.frontier, rows.expand_as(self.frontier))
-        self._probs.append(probs)
+        self._probs += (probs,)
 
     def _merge_with_lookups(
         self, tokens: torch.Tensor, parents: torch.Tensor, scores: torch.Tensor
@@ -342,7 +342,8 @@ class Growth:
             scores, parents, most, implementation=self._implementation
         )
         # reading the width would make a GPU wait
-        limit = int(num_nodes.max()) if chosen.device.type == "cpu" else most
+        reads = chosen.device.type == "cpu" and self._implementation != "triton"
+        limit = int(num_nodes.max()) if reads else most
         width = round_up_nodes(limit, sizes)
         chosen, parents = (_widened(x[:, :limit], width, -1) for x in (chosen, parents))
         absent, kept = chosen < 0, chosen.clamp_min(0)

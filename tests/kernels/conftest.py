@@ -3,6 +3,8 @@ interpreter."""
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
@@ -35,3 +37,34 @@ def interpreter(monkeypatch):
 def device() -> torch.device:
     """Where kernels run: the GPU, or the CPU in the interpreter."""
     return torch.device("cpu" if INTERPRET else "cuda")
+
+
+@pytest.fixture
+def made(monkeypatch, device):
+    """The graphs that were captured; they are emulated where there is no GPU."""
+    from treespec import graphs
+
+    graphs_made: weakref.WeakSet = weakref.WeakSet()
+    if device.type == "cuda":
+        return graphs_made
+
+    def capture_graph(function, device, pool):
+        from emulated_graph import EmulatedGraph
+
+        graph = EmulatedGraph(pool)
+        logits = graph.capture(function)
+        graphs_made.add(graph)
+        return graph.replay, logits
+
+    # the interpreter takes its time for every row
+    monkeypatch.setattr(graphs, "_FEWEST_ROWS", 64)
+    monkeypatch.setattr(graphs, "runs_on", lambda device: True)
+
+    def new_pool():
+        from emulated_graph import Pool
+
+        return Pool()
+
+    monkeypatch.setattr(graphs, "capture_graph", capture_graph)
+    monkeypatch.setattr(graphs, "new_pool", new_pool)
+    return graphs_made

@@ -40,14 +40,16 @@ class EmulatedGraph(TorchDispatchMode):
         self.steps: list[tuple] = []
         self.replays = 0
         self._launching = False
+        self._before: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._pool = pool
         pool.enter(self)
 
     def capture(self, function):
-        """What `function()` returns."""
+        """What `function()` returns; nothing outside the graph has changed."""
         launch = GridExecutor.__call__
 
         def noted(executor, *args, **kwargs):
+            self._remember(_tensors((args, kwargs)))
             self._launching = True
             try:
                 launch(executor, *args, **kwargs)
@@ -61,8 +63,19 @@ class EmulatedGraph(TorchDispatchMode):
                 result = function()
         finally:
             GridExecutor.__call__ = launch
+        with torch.inference_mode():
+            for tensor, before in self._before.values():
+                tensor.copy_(before)
+        self._before.clear()
         self.spoil()
         return result
+
+    def _remember(self, tensors: list[torch.Tensor]) -> None:
+        """Keeps what lies in memory that is about to be written for the first time."""
+        for tensor in tensors:
+            if _memory(tensor) not in self._before:
+                whole = tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.itemsize,), (1,), 0)
+                self._before[_memory(tensor)] = whole, whole.clone()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -71,6 +84,8 @@ class EmulatedGraph(TorchDispatchMode):
         host_values = func is torch.ops.aten.lift_fresh.default
         if host_values or any(tag in func.tags for tag in self._forbidden):
             raise RuntimeError(f"operation not permitted when stream is capturing: {func}")
+        if func._schema.is_mutable:
+            self._remember(_tensors((args, kwargs)))
         out = func(*args, **kwargs)
         self.steps.append((func, args, kwargs, out))
         return out

@@ -4,7 +4,6 @@ the graphs are CUDA's; elsewhere they are emulated, over kernels in the interpre
 from __future__ import annotations
 
 import copy
-import weakref
 
 import pytest
 import torch
@@ -12,6 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from treespec import BestFirstTree, TreeSpeculator, graphs, model
 from treespec.tree import ancestor_matrix
+
+pytestmark = pytest.mark.usefixtures("made")
 
 ROUNDING = 2e-5
 _SMALL = {
@@ -41,34 +42,6 @@ def small_model(kind: str, device):
     torch.manual_seed(3)
     config = AutoConfig.for_model(kind, **_CONFIGS[kind])
     return AutoModelForCausalLM.from_config(config).eval().to(device)
-
-
-@pytest.fixture(autouse=True)
-def made(monkeypatch, device):
-    """The graphs that were captured, where they are emulated."""
-    graphs_made: weakref.WeakSet = weakref.WeakSet()
-    if device.type == "cuda":
-        return graphs_made
-
-    def capture_graph(function, device, pool):
-        from emulated_graph import EmulatedGraph
-
-        graph = EmulatedGraph(pool)
-        logits = graph.capture(function)
-        graphs_made.add(graph)
-        return graph.replay, logits
-
-    # the interpreter takes its time for every row
-    monkeypatch.setattr(graphs, "_FEWEST_ROWS", 64)
-    monkeypatch.setattr(graphs, "runs_on", lambda device: True)
-    def new_pool():
-        from emulated_graph import Pool
-
-        return Pool()
-
-    monkeypatch.setattr(graphs, "capture_graph", capture_graph)
-    monkeypatch.setattr(graphs, "new_pool", new_pool)
-    return graphs_made
 
 
 def both(kind: str, device):

@@ -9,10 +9,12 @@ they propose paths. A source may propose anything: a bad proposal costs time, ne
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
+from treespec.steps import Steps
 from treespec.transfer import on_device
 
 
@@ -27,16 +29,22 @@ class Sequences:
             written yet.
         rounds_ahead: about how many rounds of as many rows are still to come; None where that is
             unknown.
+        steps: calls functions of tensors, on a GPU perhaps as graphs.
     """
 
     tokens: torch.Tensor
     lens: list[int]
     rounds_ahead: float | None = None
+    steps: Steps = field(default_factory=Steps)
+
+    @cached_property
+    def lens_on_device(self) -> torch.Tensor:
+        """int64 `[B]`, `lens` where the tokens are."""
+        return on_device(self.lens, self.tokens.device)
 
     def roots(self) -> torch.Tensor:
         """int64 `[B]`, the last committed token of every row."""
-        last = on_device(self.lens, self.tokens.device).unsqueeze(1) - 1
-        return self.tokens.gather(1, last).squeeze(1)
+        return self.tokens.gather(1, self.lens_on_device.unsqueeze(1) - 1).squeeze(1)
 
 
 @dataclass

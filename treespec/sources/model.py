@@ -63,37 +63,63 @@ class ModelSource(StepwiseSource):
             self._ingested = True
             self.model.ingest(sequences.tokens, [length - 1 for length in sequences.lens])
         self._behind = [length - prefix for length, prefix in zip(sequences.lens, prefix_lens)]
-        device = sequences.tokens.device
+        self._steps = steps = sequences.steps
         width = _bucket(max(self._behind))
-        prefix = on_device(prefix_lens, device).unsqueeze(1)
-        positions = prefix + torch.arange(width, device=device)
-        # tokens past a row's end are padding that no other node sees
-        tokens = sequences.tokens.gather(1, positions.clamp_max(sequences.tokens.shape[1] - 1))
-        chain = (
-            torch.ones(width, width, dtype=torch.bool, device=device)
-            .tril_()
-            .expand(len(prefix_lens), -1, -1)
+        if steps.captured:
+            # a few nodes more cost a GPU nothing, and a graph of their own would
+            width = max(width, 8)
+        self._prefix = on_device(prefix_lens, sequences.tokens.device)
+        self._lens = sequences.lens_on_device
+        tokens, positions, chain, root_row, sees = steps(
+            _catch_up, sequences.tokens, self._lens, self._prefix, width
         )
-        root_row = on_device(self._behind, device) - 1
-        self._roots = prefix + root_row.unsqueeze(1)
         self._positions = positions
         self.forwards += 1
-        logits = self.model.forward(tokens, positions, chain)
-        index = root_row.view(-1, 1, 1)
-        root_logits = logits.gather(1, index.expand(-1, 1, logits.shape[2]))
-        sees = chain.gather(1, index.expand(-1, 1, width)).squeeze(1)
-        return root_logits, root_row, sees, width
+        logits = self.model.forward(tokens, positions, chain, prefix_lens=self._prefix)
+        return steps(_of_row, logits, root_row), root_row, sees, width
 
     def level_logits(self, tokens, depth, visible, offset):
-        positions = (self._roots + depth).expand_as(tokens)
-        self._positions = torch.cat([self._positions[:, :offset], positions], dim=1)
+        positions, self._positions = self._steps(
+            _level_positions, self._lens, self._positions, offset, depth, tokens.shape[1]
+        )
         self.forwards += 1
-        return self.model.forward(tokens, positions, visible, offset, self._positions)
+        return self.model.forward(
+            tokens, positions, visible, offset, self._positions, prefix_lens=self._prefix
+        )
 
     def commit(self, paths: list[list[int]]) -> None:
         self.model.cache.commit(
             [list(range(behind)) + path for behind, path in zip(self._behind, paths)]
         )
+
+
+def _catch_up(
+    history: torch.Tensor, lens: torch.Tensor, prefix_lens: torch.Tensor, width: int
+) -> tuple[torch.Tensor, ...]:
+    """The first `width` tokens behind every prefix, their positions, what they see, and of the
+    root its row and what it sees."""
+    prefix = prefix_lens.unsqueeze(1)
+    positions = prefix + torch.arange(width, device=history.device)
+    # tokens past a row's end are padding that no other node sees
+    tokens = history.gather(1, positions.clamp_max(history.shape[1] - 1))
+    square = torch.ones(width, width, dtype=torch.bool, device=history.device).tril_()
+    chain = square.expand(len(lens), -1, -1)
+    root_row = lens - prefix_lens - 1
+    sees = chain.gather(1, root_row.view(-1, 1, 1).expand(-1, 1, width)).squeeze(1)
+    return tokens, positions, chain, root_row, sees
+
+
+def _of_row(values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """`[B, 1, V]`, of `[B, N, V]` a row each."""
+    return values.gather(1, rows.view(-1, 1, 1).expand(-1, 1, values.shape[2]))
+
+
+def _level_positions(
+    lens: torch.Tensor, before: torch.Tensor, offset: int, depth: int, width: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions of a level's nodes, and of all nodes up to them."""
+    positions = (lens.unsqueeze(1) - 1 + depth).expand(-1, width)
+    return positions, torch.cat([before[:, :offset], positions], dim=1)
 
 
 def _bucket(count: int) -> int:

@@ -7,7 +7,6 @@ import torch
 
 from treespec.kernels import ops
 from treespec.sources.base import OneShotSource, Proposal, Sequences
-from treespec.transfer import on_device
 
 
 class NgramSource(OneShotSource):
@@ -28,17 +27,41 @@ class NgramSource(OneShotSource):
         self.num_matches = num_matches
 
     def propose(self, sequences: Sequences, length: int) -> Proposal:
-        lens = on_device(sequences.lens, sequences.tokens.device)
-        continuations, match_lengths = ops.match_ngrams(
+        continuations, match_lengths = sequences.steps(
+            _matches,
             sequences.tokens,
-            lens,
-            max_ngram=self.max_ngram,
-            num_matches=self.num_matches,
-            length=length,
+            sequences.lens_on_device,
+            self.max_ngram,
+            self.num_matches,
+            length,
+            "triton" if sequences.steps.captured else "auto",
         )
         found = match_lengths.tolist()
         if any(found):
-            known = (continuations >= 0).sum(2, keepdim=True).clamp_min_(1)
-            steps = torch.arange(length, device=lens.device)
-            continuations = continuations.gather(2, steps % known)
+            continuations = sequences.steps(_run_on, continuations)
         return Proposal(continuations, found)
+
+
+def _matches(
+    tokens: torch.Tensor,
+    lens: torch.Tensor,
+    max_ngram: int,
+    num_matches: int,
+    length: int,
+    implementation: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return ops.match_ngrams(
+        tokens,
+        lens,
+        max_ngram=max_ngram,
+        num_matches=num_matches,
+        length=length,
+        implementation=implementation,
+    )
+
+
+def _run_on(continuations: torch.Tensor) -> torch.Tensor:
+    """Continuations that end before their time begin anew."""
+    known = (continuations >= 0).sum(2, keepdim=True).clamp_min_(1)
+    steps = torch.arange(continuations.shape[2], device=continuations.device)
+    return continuations.gather(2, steps % known)

@@ -1,0 +1,149 @@
+"""Steps between forwards, captured as graphs: they do what the same functions do when called. On a
+GPU the graphs are CUDA's; elsewhere they are emulated, over kernels in the interpreter."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from test_captured_forwards import small_model
+
+from treespec import BestFirstTree, Chain, FixedTree, TreeSpeculator, steps
+
+pytestmark = pytest.mark.usefixtures("made")
+
+CALLS = steps._CALLS_BEFORE + 4
+
+
+class Pile:
+    """Attributes that are changed in place, replaced, and counted."""
+
+    def __init__(self, first: torch.Tensor) -> None:
+        self.total = first.clone()
+        self.last = first
+        self.count = 1
+
+    def put(self, value: torch.Tensor, factor: float) -> torch.Tensor:
+        self.total += factor * value
+        self.last = value + 1
+        self.count += 1
+        return self.total * 2
+
+
+@torch.inference_mode()
+def test_owners_attributes_are_changed_as_by_calls(device):
+    replayed, called = steps.Steps(captured=True), steps.Steps()
+    for turn in range(CALLS):
+        first, second = (torch.full((3,), float(k + turn), device=device) for k in (1, 5))
+        piles = [one.make(Pile, first) for one in (replayed, called)]
+        for value, factor in ((first, 2.0), (second, 2.0), (second, 0.5)):
+            both = zip((replayed, called), piles)
+            found = [one.on(pile, Pile.put, value, factor) for one, pile in both]
+            assert torch.equal(*found), (turn, factor)
+            for name, expected in vars(piles[1]).items():
+                assert torch.equal(torch.as_tensor(vars(piles[0])[name]), torch.as_tensor(expected))
+    assert replayed.settled is False and called.settled
+    replayed.start_round()
+    replayed.on(replayed.make(Pile, first), Pile.put, second, 2.0)
+    assert replayed.settled and replayed.capture_ms == 0.0
+
+
+@torch.inference_mode()
+def test_inputs_that_changed_places(device):
+    """What one step returns may come as another argument than it did when that was captured."""
+    one = steps.Steps(captured=True)
+
+    def split(x):
+        return x + 1, x + 2
+
+    def difference(x, y):
+        return x - y
+
+    for turn in range(CALLS):
+        low, high = one(split, torch.full((2,), float(turn), device=device))
+        assert one(difference, low, high).tolist() == [-1.0, -1.0]
+    assert one(difference, high, low).tolist() == [1.0, 1.0]
+    assert one(difference, high, high).tolist() == [0.0, 0.0]
+
+
+@torch.inference_mode()
+def test_a_step_that_reads_on_the_host_is_called(device):
+    one = steps.Steps(captured=True)
+
+    def doubled(x):
+        return x * (2 if float(x.sum()) > 0 else -2)
+
+    for turn in range(-3, CALLS):
+        x = torch.full((2,), float(turn), device=device)
+        assert one(doubled, x).tolist() == x.abs().mul(2).tolist()
+    assert len(one.refusals) == 1 and "doubled" in one.refusals[0]
+    assert "not permitted when stream is capturing" in one.refusals[0]
+    # and others still are captured
+    for turn in range(CALLS):
+        one.start_round()
+        assert one(torch.neg, torch.full((2,), float(turn), device=device)).tolist() == [-turn] * 2
+    assert one.settled
+
+
+def trees_of(spec: TreeSpeculator, ids, **options) -> tuple[list, torch.Tensor]:
+    """The trees of all rounds, and the text."""
+    trees, observe = [], spec._policy.observe
+
+    def listen(outcome) -> None:
+        fields = {name: x for name, x in vars(outcome.tree).items() if x is not None}
+        # of what is padded to a width, the nodes
+        here = torch.arange(outcome.num_nodes, device=ids.device) < outcome.tree.num_nodes[:, None]
+        # which rows a draft's nodes have depends on how far it lags behind
+        if "draft_rows" in fields:
+            fields["draft_rows"] = fields["draft_rows"] >= 0
+        kept = {n: x.clone()[here].tolist() for n, x in fields.items() if x.shape == here.shape}
+        trees.append((kept, outcome.paths))
+        observe(outcome)
+
+    spec._policy.observe = listen
+    text = spec.generate(ids, do_sample="seed" in options, pad_token_id=0, **options)
+    spec._policy.observe = observe
+    return trees, text
+
+
+def same(found, expected) -> None:
+    (kept, paths), (other, other_paths) = found, expected
+    assert paths == other_paths and kept.keys() == other.keys()
+    for name, values in kept.items():
+        assert values == pytest.approx(other[name], abs=1e-4), name
+
+
+SHAPES = [BestFirstTree(6, 2, 2), FixedTree(2, 2, 0.02, 8), Chain(2)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=["best-first", "pruned", "chain"])
+def test_rounds_grow_the_trees_of_called_steps(shape, device):
+    """Drafts and lookups, greedy and sampled, round by round."""
+    target = small_model("llama", device)
+    draft = copy.deepcopy(target)
+    with torch.no_grad():
+        draft.lm_head.weight += 0.4 * torch.randn(draft.lm_head.weight.shape).to(device)
+    captured, called = (
+        TreeSpeculator(target, [draft, "ngram"], shape, attention="triton", cuda_graphs=graphs)
+        for graphs in (True, False)
+    )
+    ids = torch.randint(2, 128, (1, 7), generator=torch.Generator().manual_seed(1)).to(device)
+    ids = torch.cat([ids, ids], dim=1)
+    for options in ({}, {"seed": 3, "temperature": 0.8, "top_k": 0}):
+        options["max_new_tokens"] = 16
+        (found, text), (expected, other) = (
+            trees_of(spec, ids, **options) for spec in (captured, called)
+        )
+        assert torch.equal(text, other)
+        written = 0
+        for turn, (now, then) in enumerate(zip(found, expected)):
+            # the last rounds of a text grow less where nothing is captured
+            if written + 4 > options["max_new_tokens"]:
+                break
+            same(now, then)
+            written += len(then[1][0])
+        assert turn >= steps._CALLS_BEFORE + 2
+    assert not captured._target.steps.refusals
+    replays = [step for step in captured._target.steps._known.values() if step.replay is not None]
+    assert len(replays) > 5
