@@ -18,27 +18,33 @@ from pathlib import Path
 
 import torch
 
-CAPTURED = "tests/kernels/test_captured_forwards.py"
+CAPTURED = ("tests/kernels/test_captured_forwards.py", "tests/kernels/test_steps.py")
 # The other kernel tests are the interpreter's, on a machine without a GPU.
 ON_GPU = ["-m", "pytest", "-q", "-m", "gpu", "-n", "8"]
-KERNEL_TESTS = [*ON_GPU, "tests/kernels", f"--ignore={CAPTURED}"]
+KERNEL_TESTS = [*ON_GPU, "tests/kernels", *(f"--ignore={path}" for path in CAPTURED)]
 # Where these fail, whole generations are timed without graphs.
 GRAPH_CHECKS = (
-    ("graph tests", [*ON_GPU, CAPTURED], 50),
-    ("graphs lossless", ["benchmarks/lossless_on_gpu.py", "--ways", "graphs"], 60),
+    ("graph tests", [*ON_GPU, *CAPTURED], 60),
+    ("graphs lossless", ["benchmarks/lossless_on_gpu.py", "--ways", "graphs"], 70),
 )
 # The ablation's steps beside the others' rows: all of it takes longer than this suite has.
 REFERENCE_ROWS = "assisted,prompt lookup,flashspec,plain,K=6 (draft),pruned (draft),auto"
 KERNELS = ["-m", "pytest", "benchmarks", "-q", "--benchmark-json={out}/kernels.json"]
 BENCH = ["-m", "treespec", "bench"]
-ON_CUDA = ["--device", "cuda", "--dtype", "float16", "--minutes", "1"]
-SHORT = ["--new-tokens", "120", "--warm-ups", "1"]
+ON_CUDA = ["--device", "cuda", "--dtype", "float16"]
+SHORT = ["--new-tokens", "120", "--warm-ups", "1", "--record-ahead"]
 REFERENCE = [*BENCH, "reference", *ON_CUDA, "--rows", REFERENCE_ROWS, *SHORT]
 SUITE_ROWS = "assisted (no,plain,auto"
 SUITE = [*BENCH, "suite", *ON_CUDA, "--rows", SUITE_ROWS, "--temperature", "0", "1", *SHORT]
+# The sizes of the reference experiment; weights are random and acceptance replayed.
+SIZES = ["benchmarks/sizes/pythia-2.8b", "benchmarks/sizes/pythia-70m"]
+SIZED_ROWS = "plain,K=4,K=6,best-first"
+SIZED = [*BENCH, "reference", "--sized", *SIZES, *ON_CUDA, "--rows", SIZED_ROWS]
+SIZED += ["--new-tokens", "128", "--samples", "2", "--warm-ups", "1"]
 GENERATIONS = (
-    ("reference float16", [*REFERENCE, "--output", "{out}/reference-float16.json"], 120),
-    ("suite float16", [*SUITE, "--output", "{out}/suite-float16.json"], 90),
+    ("reference-float16", REFERENCE, "1.2", 110),
+    ("suite-float16", SUITE, "0.8", 75),
+    ("sized-pythia-2.8b-float16", SIZED, "0.6", 65),
 )
 
 
@@ -69,13 +75,15 @@ def main() -> int:
     gpu = torch.cuda.get_device_name().lower().replace(" ", "-")
     out = Path(os.environ.get("OUT") or "benchmarks/results") / gpu
     out.mkdir(parents=True, exist_ok=True)
-    steps = [run("kernel tests", KERNEL_TESTS, 110, out)]
+    steps = [run("kernel tests", KERNEL_TESTS, 80, out)]
     if steps[0]["outcome"] == "ok":
         steps += [run(*check, out) for check in GRAPH_CHECKS]
         passed = all(step["outcome"] == "ok" for step in steps)
-        steps.append(run("benchmarks", KERNELS, 110, out))
-        for name, arguments, limit_s in GENERATIONS:
-            steps.append(run(name, [*arguments, *["--cuda-graphs"] * passed], limit_s, out))
+        steps.append(run("benchmarks", KERNELS, 75, out))
+        graphs = "--cuda-graphs" if passed else "--no-cuda-graphs"
+        for name, arguments, minutes, limit_s in GENERATIONS:
+            more = [graphs, "--minutes", minutes, "--output", f"{{out}}/{name}.json"]
+            steps.append(run(name, [*arguments, *more], limit_s, out))
     else:
         print("a check failed: nothing is timed")
     record = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "steps": steps}

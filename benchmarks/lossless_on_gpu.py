@@ -30,8 +30,8 @@ _SETTINGS = {
 }
 _NEW_TOKENS = 48
 _WAYS = {
-    "torch": {"attention": "torch"},
-    "triton": {"attention": "triton"},
+    "torch": {"attention": "torch", "cuda_graphs": False},
+    "triton": {"attention": "triton", "cuda_graphs": False},
     "graphs": {"attention": "triton", "cuda_graphs": True},
 }
 
@@ -41,22 +41,35 @@ def options(task: Task, **more) -> dict:
     return found | {"do_sample": False, "eos_token_id": None, "pad_token_id": 0} | more
 
 
-def check(pair, name: str, draft, tree, way: str) -> tuple[bool, str]:
+class Truth:
+    """What must be written: greedy by the target alone, sampled by plain decoding, no graphs."""
+
+    def __init__(self, pair) -> None:
+        self.tasks = suite_tasks(pair, "dev", 1, _NEW_TOKENS, 0.0, 1)[:4]
+        self.several = suite_tasks(pair, "dev", 1, _NEW_TOKENS, 0.0, 4)[0]
+        self.greedy = [self._greedy(pair.target, task) for task in self.tasks]
+        self.batch = self._greedy(pair.target, self.several)
+        plain = TreeSpeculator(pair.target, None, attention="torch", cuda_graphs=False)
+        self.sampled = [plain.generate(task.input_ids, **self.drawn(task)) for task in self.tasks]
+
+    @staticmethod
+    def _greedy(target, task: Task) -> torch.Tensor:
+        return target.generate(task.input_ids, **options(task))
+
+    @staticmethod
+    def drawn(task: Task) -> dict:
+        return options(task, do_sample=True, temperature=1.0, top_k=0, seed=7)
+
+
+def check(pair, truth: Truth, name: str, draft, tree, way: str) -> tuple[bool, str]:
     """Whether all texts were identical, and a line that says so."""
     spec = TreeSpeculator(pair.target, draft, tree, **_WAYS[way])
-    base = TreeSpeculator(pair.target, None, attention=_WAYS[way]["attention"])
-    tasks = suite_tasks(pair, "dev", 1, _NEW_TOKENS, 0.0, 1)[:4]
+    tasks, several = truth.tasks, truth.several
     greedy = sampled = 0
-    for task in tasks:
-        ids = task.input_ids
-        truth = pair.target.generate(ids, **options(task))
-        greedy += torch.equal(spec.generate(ids, **options(task)), truth)
-        drawn = options(task, do_sample=True, temperature=1.0, top_k=0)
-        truth = base.generate(ids, seed=7, **drawn)
-        sampled += torch.equal(spec.generate(ids, seed=7, **drawn), truth)
-    several = suite_tasks(pair, "dev", 1, _NEW_TOKENS, 0.0, 4)[0]
-    truth = pair.target.generate(several.input_ids, **options(several))
-    batch = torch.equal(spec.generate(several.input_ids, **options(several)), truth)
+    for task, text, drawn in zip(tasks, truth.greedy, truth.sampled):
+        greedy += torch.equal(spec.generate(task.input_ids, **options(task)), text)
+        sampled += torch.equal(spec.generate(task.input_ids, **truth.drawn(task)), drawn)
+    batch = torch.equal(spec.generate(several.input_ids, **options(several)), truth.batch)
     passed = spec.self_check(tasks[-1].input_ids).passed if draft is not None else True
     line = (
         f"{way} {name}: greedy {greedy}/{len(tasks)}, sampled {sampled}/{len(tasks)}, "
@@ -81,11 +94,11 @@ def main() -> int:
         "lookup 24/10/8": ("ngram", BestFirstTree(24, 10, 8)),
         "linear K=4": (pair.draft, Chain(4)),
     }
-    same = True
+    same, truth = True, Truth(pair)
     for way in arguments.ways or (_WAYS if on_gpu else ("torch",)):
         for name, (draft, tree) in shapes.items():
             started = time.perf_counter()
-            passed, line = check(pair, name, draft, tree, way)
+            passed, line = check(pair, truth, name, draft, tree, way)
             print(f"{line} ({time.perf_counter() - started:.0f} s)", flush=True)
             same &= passed
     return 0 if same else 1

@@ -47,12 +47,14 @@ class RowVerdict:
     """One row's outcome: `path` of nodes from the root on, `tokens` picked (the last is the bonus
     token).
 
-    `ended` says that the last token met the row's stopping rule.
+    `ended` says that the last token met the row's stopping rule. `draft_rows` are the draft's rows
+    of the path's nodes behind the root, -1 for those it had not forwarded.
     """
 
     path: list[int]
     tokens: list[int]
     ended: bool = False
+    draft_rows: list[int] = field(default_factory=list)
     scores: list[torch.Tensor] = field(default_factory=list)
     logits: list[torch.Tensor] = field(default_factory=list)
 
@@ -81,7 +83,9 @@ def decide(
     for row, (values, text) in enumerate(zip(read, rows)):
         _, accepted, bonus = values[:3]
         path, carried = values[3 : 4 + accepted], values[4 + size : 4 + size + accepted]
-        verdicts.append(_cut(path, [*carried, bonus], logits[row], picker, row, text))
+        verdict = _cut(path, [*carried, bonus], logits[row], picker, row, text)
+        verdict.draft_rows = values[4 + 2 * size :][: len(verdict.path) - 1]
+        verdicts.append(verdict)
     return verdicts
 
 
@@ -140,11 +144,14 @@ def walk(
         # have written
         verdict.ended = text.ends(token, text.ids[:, : place + 1])
         if verdict.ended or step + 1 >= text.max_tokens:
-            return verdict
+            break
         children = np.flatnonzero((parents == node) & (tokens == token))
         if len(children) == 0:
-            return verdict
+            break
         verdict.path.append(int(children[0]))
+    if tree.draft_rows is not None:
+        verdict.draft_rows = tree.draft_rows[row].numpy(force=True)[verdict.path[1:]].tolist()
+    return verdict
 
 
 def _keep(verdict: RowVerdict, scores: torch.Tensor, logits: torch.Tensor) -> None:

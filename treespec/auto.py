@@ -55,7 +55,7 @@ _IDLE_ROUNDS = 8
 _REPEATS = 0.7
 # Tokens of a continuation to begin with and at most: one that proved right to its end is followed
 # by one about twice as long, of few lengths.
-_LOOKUP_LENGTHS = (20, 32, 48, 63)
+_LOOKUP_LENGTHS = (20, 40, 63)
 # The shares that lookups may have lost lately and in one text, and still be used where that is
 # expected to pay. What those of one sequence lose they make up for in the next that repeats itself.
 _DEBTS = (0.01, 0.015)
@@ -440,7 +440,8 @@ class AutoPolicy(Policy):
                 beside = self._lost_beside(brought, outcome.draft_levels)
                 self._lookup_purse.pay(beside, self._lookup_exploring)
         elif looked:
-            (now.miss if outcome.tree.lookup is None else now.lookup).add(outcome.draft_ms)
+            cost = now.miss if outcome.tree.lookup is None else now.lookup
+            cost.add(outcome.draft_ms - outcome.draft_extra_ms)
             self._lookup_purse.pay(lost, self._lookup_exploring)
         self._lookup_exploring = False
         if not outcome.draft_levels and outcome.new_tokens == len(outcome.paths):

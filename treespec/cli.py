@@ -98,7 +98,7 @@ def _load_torch(arguments: argparse.Namespace):
 
 def _graphs(arguments: argparse.Namespace) -> bool | str:
     """The `cuda_graphs=` of a speculator."""
-    return arguments.cuda_graphs or "auto"
+    return "auto" if arguments.cuda_graphs is None else arguments.cuda_graphs
 
 
 def _load_model(option: str, name: str, dtype, device):
@@ -486,7 +486,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     machine.add_argument(
-        "--cuda-graphs", action="store_true", help="capture forwards as CUDA graphs"
+        "--cuda-graphs",
+        action=argparse.BooleanOptionalAction,
+        help="capture CUDA graphs, or an error; or do not (default: where that can be)",
     )
 
     demo = commands.add_parser(

@@ -19,11 +19,15 @@ from treespec.acceptance import RowText, RowVerdict, decide, walk
 from treespec.laps import Laps
 from treespec.model import PREFILL_CHUNK, TreeModel
 from treespec.policy import Outcome, Policy
-from treespec.sampling import TokenPicker
+from treespec.sampling import Breadth, Ranking, TokenPicker, rank_by_kernel
 from treespec.sources.base import DraftSource, OneShotSource, Sequences, StepwiseSource
+from treespec.sources.model import ModelSource
 from treespec.stats import RowStats, SpeculationStats
 from treespec.transfer import floats_on_device, on_device
 from treespec.tree import Growth, Tree, root_only, round_up_nodes, sibling_counts
+
+# Where graphs are captured, trees are taken to be as deep as this, lest each depth have its own.
+_DEEP = 64
 
 
 @dataclass
@@ -98,6 +102,8 @@ class Engine:
         self._history: torch.Tensor | None = None
         self._lens_held: torch.Tensor | None = None
         self._bare_trees: dict[int, Tree] = {}
+        own_breadth = type(policy).breadth is not Policy.breadth
+        self._breadth: Breadth | None = policy.breadth if own_breadth else None
 
     def run(self, request: Request) -> Iterator[list[tuple[int, list[int]]]]:
         """Generates; after every round yields `(row index, new tokens)` of the rows that took part.
@@ -223,6 +229,8 @@ class Engine:
         self.target.start_round()
         budgets = [request.max_new_tokens - len(row.new_tokens) for row in self._active]
         tree, match_lengths, levels = self._grow(request.picker, budgets)
+        growth_extra_ms = self.steps.extra_ms
+        grown_ms = self.steps.capture_ms + self.steps.first_ms
         self._laps.mark()
         logits = self._verify(tree)
         self._laps.mark()
@@ -238,25 +246,28 @@ class Engine:
         total_ms = 1e3 * (time.perf_counter() - started)
         draft_ms, verify_ms = self._laps.read()
         asked = self.drafts if levels else []
-        drafts_recorded = sum(source.recording_ms for source in asked)
-        # of a step it is not known whose it was
-        recorded = self.target.recording_ms + self.steps.capture_ms
+        drafts_recorded = grown_ms + sum(source.recording_ms for source in asked)
+        steps, target = self.steps, self.target
+        # verdicts are the same from round to round: what they take is no part of a usual one
+        others_ms = steps.capture_ms + steps.first_ms + steps.extra_ms - growth_extra_ms - grown_ms
+        recorded = target.recording_ms + others_ms
+        compiled = target.compile_ms + steps.first_ms + sum(source.compile_ms for source in asked)
         outcome = Outcome(
             tree=tree,
             paths=[verdict.path for verdict in verdicts],
             match_lengths=match_lengths,
             draft_levels=levels if tree.draft_rows is not None else 0,
             draft_ms=draft_ms - drafts_recorded,
-            verify_ms=verify_ms - recorded,
+            verify_ms=verify_ms - target.recording_ms,
             total_ms=total_ms - drafts_recorded - recorded,
             num_nodes=tree.tokens.shape[1],
             new_tokens=sum(len(tokens) for _, tokens in news),
             sampled=request.picker.do_sample,
-            draft_extra_ms=sum(source.unrecorded_ms for source in asked),
-            verify_extra_ms=self.target.unrecorded_ms,
-            settled=self.target.settled and self.steps.settled,
-            draft_settled=self.steps.settled and all(source.settled for source in asked),
-            recording_ms=drafts_recorded + recorded,
+            draft_extra_ms=growth_extra_ms + sum(source.unrecorded_ms for source in asked),
+            verify_extra_ms=target.unrecorded_ms,
+            settled=target.settled,
+            draft_settled=all(source.settled for source in asked),
+            recording_ms=drafts_recorded + recorded - compiled,
             warming=request.warming,
         )
         self.policy.observe(outcome)
@@ -284,6 +295,9 @@ class Engine:
         match_lengths = self._add_lookups(growth, sequences, length)
         levels = 0
         if self.drafts and self.policy.wants_draft(growth.lookup_scores()):
+            if (ranking := self._ranking_ahead(picker)) is not None:
+                tree = self._grow_ahead(growth, sequences, picker, ranking)
+                return tree, match_lengths, depth
             levels = self._grow_levels(growth, sequences, picker, depth)
         if growth.count == 1:
             return self._bare(roots), match_lengths, 0
@@ -293,6 +307,7 @@ class Engine:
         if self.steps.captured:
             # as many as the width has places for, which would be padding
             count = round_up_nodes(count, sizes)
+            sizes, deepest = (count,), max(deepest, _DEEP)
         tree = self.steps.on(growth, Growth.select, count, deepest, sizes)
         self._placed = self.steps(_placed, picker.lens, tree.depths)
         return tree, match_lengths, levels
@@ -320,6 +335,31 @@ class Engine:
             self.steps.on(growth, Growth.add_lookups, continuations, weights)
         return match_lengths
 
+    def _ranking_ahead(self, picker: TokenPicker) -> Ranking | None:
+        """How the draft's tokens are ranked, if all levels can be grown without a look at them;
+        else None."""
+        source = self.drafts[0]
+        ahead = self.steps.captured and self.policy.looks_at_nothing and not picker.rejects
+        if not ahead or not isinstance(source, ModelSource) or not source.can_be_captured:
+            return None
+        return picker.ranking(self.policy.sharpness(picker), self._breadth)
+
+    def _grow_ahead(
+        self, growth: Growth, sequences: Sequences, picker: TokenPicker, ranking: Ranking
+    ) -> Tree:
+        """All levels, the draft's forwards among them, and the selection as one step."""
+        source, policy = self.drafts[0], self.policy
+        assert isinstance(source, ModelSource)
+        source.start_round()
+        grown = source.model.grown
+        grown.beside(self.steps)
+        entered = source.catch_up(sequences)
+        keys = picker.noise_keys(sequences.tokens.device)
+        tree, self._placed = grown.on(
+            growth, _grow_levels_ahead, *entered, *keys, source, policy, ranking
+        )
+        return tree
+
     def _grow_levels(
         self, growth: Growth, sequences: Sequences, picker: TokenPicker, depth: int
     ) -> int:
@@ -336,7 +376,8 @@ class Engine:
                 limit = max(1, 2 * room // (depth - level + 1))
                 room -= self._draw(growth, picker, logits, level, limit)
             else:
-                self._rank(growth, picker, logits, level, sharpness)
+                count, breadth = self.policy.children(level), self._breadth
+                picker.rank(growth, logits, level, count, self._lens, sharpness, breadth)
             if level + 1 == depth or room <= 0:
                 break
             wanted = self.policy.frontier(level + 1)
@@ -348,18 +389,6 @@ class Engine:
             offset += tokens.shape[1]
         return level + 1
 
-    def _rank(
-        self,
-        growth: Growth,
-        picker: TokenPicker,
-        logits: torch.Tensor,
-        level: int,
-        sharpness: float,
-    ) -> None:
-        """Gives the frontier its likeliest children."""
-        count = self.policy.children(level)
-        picker.rank(growth, logits, level, count, self._lens, sharpness, self.policy.breadth)
-
     def _draw(
         self, growth: Growth, picker: TokenPicker, logits: torch.Tensor, level: int, limit: int
     ) -> int:
@@ -367,9 +396,8 @@ class Engine:
         parents, count = growth.frontier_scores, self.policy.children(level)
         likeliest = picker.likeliest(logits, parents, count)
         counts = sibling_counts(parents, likeliest, limit)
-        breadth = self.policy.breadth(likeliest)
-        if breadth is not None:
-            counts = torch.minimum(counts, breadth)
+        if self._breadth is not None:
+            counts = torch.minimum(counts, self._breadth(likeliest))
         growth.expand(*picker.draw(logits, parents, counts, count, growth.frontier, self._lens))
         return min(limit, parents.shape[1] * count)
 
@@ -421,7 +449,9 @@ class Engine:
             share.new_tokens += kept
             share.accepted += len(verdict.path) - 1
             news.append((state.index, tokens))
-            draft_paths.append(self._draft_path(tree, row, verdict.path))
+            forwarded = verdict.draft_rows
+            # up to the first node that the draft had not forwarded
+            draft_paths.append(forwarded[: [*forwarded, -1].index(-1)])
         self._write([verdict.tokens for verdict in verdicts])
         self.target.cache.commit([verdict.path for verdict in verdicts])
         if tree.draft_rows is not None:
@@ -442,14 +472,6 @@ class Engine:
         places_there, tokens_there = on_device([places, tokens], self._tokens.device)
         self._tokens.scatter_(1, places_there, tokens_there)
 
-    @staticmethod
-    def _draft_path(tree: Tree, row: int, path: list[int]) -> list[int]:
-        """The draft's rows of the accepted nodes, up to the first it had not forwarded."""
-        if tree.draft_rows is None:
-            return []
-        rows = tree.draft_rows[row, path[1:]].tolist()
-        return rows[: rows.index(-1)] if -1 in rows else rows
-
     def _count(self, outcome: Outcome) -> None:
         stats = self.stats
         stats.rounds += 1
@@ -459,7 +481,34 @@ class Engine:
         stats.accept_lengths.update(len(path) - 1 for path in outcome.paths)
 
 
-# Of tensors alone, so that graphs can be captured of them.
+# Of tensors and constants alone, so that graphs can be captured of them.
+def _grow_levels_ahead(
+    growth: Growth,
+    tokens: torch.Tensor,
+    lens: torch.Tensor,
+    prefix_lens: torch.Tensor,
+    width: int,
+    seed: torch.Tensor | None,
+    rows: torch.Tensor | None,
+    source: ModelSource,
+    policy: Policy,
+    ranking: Ranking,
+) -> tuple[Tree, tuple[torch.Tensor, torch.Tensor]]:
+    """The tree of a policy that looks at nothing, and where it is placed."""
+    logits, root_row, chain, offset = source.enter(tokens, lens, prefix_lens, width)
+    growth.begin_levels(offset + policy.max_rows, root_row, chain)
+    for level in range(policy.max_depth):
+        rank_by_kernel(growth, logits, lens, seed, rows, level, policy.children(level), ranking)
+        if level + 1 < policy.max_depth:
+            growth.choose_frontier(level + 1, *policy.frontier(level + 1))
+            nodes, visible = growth.enter_rows(offset)
+            logits = source.level_logits(nodes, level + 1, visible, offset)
+            offset += nodes.shape[1]
+    count = round_up_nodes(policy.max_nodes, policy.node_sizes)
+    tree = growth.select(count, max(policy.max_depth, _DEEP), (count,))
+    return tree, _placed(lens, tree.depths)
+
+
 def _placed(lens: torch.Tensor, depths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """int64 `[B]` committed rows, all but the roots', and `[B, N]` positions of nodes behind
     them."""

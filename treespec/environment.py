@@ -92,7 +92,7 @@ def paths() -> list[dict]:
         {
             "path": "cuda_graphs=True",
             "works": triton_runs and device.type == "cuda",
-            "reason": "on CUDA devices, with the Triton kernels; not run on any yet",
+            "reason": "on CUDA devices, with the Triton kernels",
         },
     ]
 

@@ -10,8 +10,10 @@ docs/design/007-captured-forwards.md.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,6 +26,24 @@ _FEWEST_ROWS = 1024
 _ROWS_STEP = 8192
 
 
+_inside = False
+
+
+@contextlib.contextmanager
+def inside() -> Iterator[None]:
+    """Around a function that is being captured: forwards of models in it are part of its graph."""
+    global _inside
+    before, _inside = _inside, True
+    try:
+        yield
+    finally:
+        _inside = before
+
+
+def is_inside() -> bool:
+    return _inside
+
+
 class CapturedForward:
     """One shape's forward as a graph.
 
@@ -33,6 +53,9 @@ class CapturedForward:
         call: the model's forward, `(tokens, positions) -> logits`.
         pool: memory that graphs of this model share; they are replayed one after another, and
             logits hold until the next replay.
+
+    Attributes:
+        eager_ms: what the forward takes without a graph.
 
     Raises:
         RecordingRefused: if it cannot be captured.
@@ -46,10 +69,14 @@ class CapturedForward:
         pool: tuple[int, int] | None,
     ) -> None:
         self._tokens = tokens.clone()
-        self._data = _GraphForward.like(forward)
+        self._data = GraphForward.like(forward)
         try:
             # once outside: kernels are compiled, and libraries take what they need
+            started = time.perf_counter()
             self._forward(call)
+            if tokens.is_cuda:
+                torch.cuda.synchronize(tokens.device)
+            self.eager_ms = 1e3 * (time.perf_counter() - started)
             self._data = self._data.renewed()
             self._replay, self._logits = capture_graph(
                 lambda: self._forward(call), tokens.device, pool
@@ -70,11 +97,11 @@ class CapturedForward:
         return self._logits
 
 
-class _GraphForward(hf.Forward):
+class GraphForward(hf.Forward):
     """A forward that reads nothing from the host but shapes."""
 
     @classmethod
-    def like(cls, forward: hf.Forward) -> _GraphForward:
+    def like(cls, forward: hf.Forward) -> GraphForward:
         """One of the same shape, with its data in tensors of its own."""
         positions = forward.positions.clone()
         return cls(
@@ -91,9 +118,9 @@ class _GraphForward(hf.Forward):
             forward.prefix_lens().clone(),
         )
 
-    def renewed(self) -> _GraphForward:
+    def renewed(self) -> GraphForward:
         """The same tensors without what was computed from them, so that a graph computes it."""
-        return _GraphForward(
+        return GraphForward(
             self.cache,
             self.num_nodes,
             self.offset,
@@ -155,7 +182,7 @@ def capture_graph(
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize(device)
     # not `torch.cuda.graph`, which gives all free memory back first
-    with torch.cuda.device(device), torch.cuda.stream(_stream(device)):
+    with torch.cuda.device(device), torch.cuda.stream(_stream(device)), _own_workspaces():
         # other threads may go on allocating meanwhile
         graph.capture_begin(pool, capture_error_mode="thread_local")
         try:
@@ -163,6 +190,21 @@ def capture_graph(
         finally:
             graph.capture_end()
     return graph.replay, result
+
+
+@contextlib.contextmanager
+def _own_workspaces() -> Iterator[None]:
+    """Lets a graph's matrix products take their workspace from the graph's own memory.
+
+    torch keeps one a stream from the first product on, so it would lie in the memory of the first
+    graph of all, which may be gone while later ones still point there.
+    """
+    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)
+    clear()
+    try:
+        yield
+    finally:
+        clear()
 
 
 @functools.cache

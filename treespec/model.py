@@ -75,8 +75,8 @@ class TreeModel:
         self.cache: TreeCache | None = None
         self._records, self._captures = record, graphs
         self._graph_pool: tuple[int, int] | None = None
-        # what is done between the forwards of a round, on the kernels' path
-        self.steps = Steps(self.on_graphs and self.kernel)
+        # what is done between forwards, and what has forwards of this model in it
+        self.steps, self.grown = (Steps(self.on_graphs and self.kernel) for _ in range(2))
         self.recording_reason = self._recording_obstacle()
         self._recordings: dict[tuple, _Recording] = {}
         self.rounds_ahead: float | None = None
@@ -224,6 +224,7 @@ class TreeModel:
         if route == "masks":
             # the kernel would be asked nothing, and would need no mask
             self.kernel = False
+            self.steps, self.grown = Steps(), Steps()
             window = getattr(self.config, "sliding_window", None) or getattr(
                 self.config, "window_size", None
             )
@@ -309,6 +310,7 @@ class TreeModel:
 
     def _forget_recordings(self) -> None:
         self._recordings.clear()
+        self.grown.forget()
         # the memory of graphs that are gone cannot be shared again
         self._graph_pool = None
 
@@ -323,13 +325,15 @@ class TreeModel:
     def start_round(self) -> None:
         """From here on the times of the forwards of a round are summed up.
 
-        `recording_ms` is what recording and checking took, once and for all. `unrecorded_ms` is
+        `recording_ms` is what recording and checking took, once and for all; `compile_ms`, as a
+        part of it, what compiling kernels took, which Triton keeps on disk. `unrecorded_ms` is
         what forwards that are not recorded took longer than they will when they are. `settled` is
         False if that is not known.
         """
-        self.recording_ms = self.unrecorded_ms = 0.0
+        self.recording_ms = self.unrecorded_ms = self.compile_ms = 0.0
         self.settled = True
         self.steps.start_round()
+        self.grown.start_round()
 
     def drop_row(self, row: int) -> None:
         self.cache.drop_row(row)
@@ -410,6 +414,10 @@ class TreeModel:
         """
         num_nodes = tokens.shape[1]
         assert self.cache is not None
+        if graphs.is_inside():
+            return self._forward_inside(
+                tokens, positions, visible, offset, node_positions, prefix_lens
+            )
         last = max(self.cache.prefix_lens) + offset + num_nodes
         if self.position_limit and last > self.position_limit:
             positions = positions.clamp_max(self.position_limit - 1)
@@ -433,6 +441,29 @@ class TreeModel:
             if self.recording_reason is not None or num_nodes > most:
                 return self._eager(tokens, positions)
             return self._recorded_call(tokens, positions)
+
+    def _forward_inside(
+        self, tokens, positions, visible, offset, node_positions, prefix_lens
+    ) -> torch.Tensor:
+        """As `forward`, as part of a graph that is being captured."""
+        if self.recording_reason is not None:
+            raise RecordingRefused(self.recording_reason)
+        assert self.cache is not None
+        if self.position_limit:
+            positions = positions.clamp_max(self.position_limit - 1)
+        call = graphs.GraphForward(
+            self.cache,
+            tokens.shape[1],
+            offset,
+            visible,
+            positions,
+            positions if node_positions is None else node_positions,
+            self.kernel,
+            self.rotary,
+            prefix_lens,
+        )
+        with hf.forward_scope(call):
+            return self._eager(tokens, positions)
 
     def _eager(self, tokens: torch.Tensor, positions: torch.Tensor, **kwargs) -> torch.Tensor:
         """The model's own forward, its linear layers in a type that the device multiplies."""
@@ -532,7 +563,9 @@ class TreeModel:
     ) -> tuple[Callable[..., torch.Tensor], torch.Tensor]:
         """A replay of the forward under way, and the logits it should give."""
         if self.on_graphs:
+            started = self._clock()
             expected = self._eager(tokens, positions).clone()
+            first_ms = 1e3 * (self._clock() - started)
             if self._graph_pool is None:
                 self._graph_pool = graphs.new_pool()
             call, pool = hf.current_forward(), self._graph_pool
@@ -540,6 +573,7 @@ class TreeModel:
             self._graph_pool = None
             captured = CapturedForward(call, tokens, self._eager, pool)
             self._graph_pool = pool
+            self.compile_ms += max(first_ms - captured.eager_ms, 0.0)
             return captured, expected
         with Recorder() as recorder:
             expected = self._call(tokens, positions)

@@ -97,6 +97,8 @@ class Policy:
     lookup_length = 0
     # forwards of this round's drafts may be recorded at once, however seldom they were made
     may_record = False
+    # every level is grown, and as many nodes verified, whatever the draft says
+    looks_at_nothing = False
 
     def lookup_chances(self, match_lengths: list[int], length: int) -> np.ndarray:
         """Per row the chances, `[B, length]`, that a continuation's tokens so far are right."""
@@ -136,10 +138,10 @@ class Policy:
         """Most children of a node at `depth`."""
         raise NotImplementedError
 
-    def breadth(self, logprobs: torch.Tensor) -> torch.Tensor | None:
+    def breadth(self, logprobs: torch.Tensor) -> torch.Tensor:
         """Children of every node, int64 `[B, F]`, given the log-probabilities `[B, F, K]` of the
-        likeliest ones; None for as many as there may be."""
-        return None
+        likeliest ones; where a policy does not say, as many as there may be."""
+        raise NotImplementedError
 
     def frontier(self, depth: int) -> tuple[int, float]:
         """Most nodes to expand at `depth`, and the cumulative log-probability below which none
@@ -183,6 +185,7 @@ class ShapePolicy(Policy):
         self.with_model = with_model
         self.lookup_length = shape.depth if with_lookup else 0
         self.max_rows = sum(self._widths()) + 1 if with_model else 0
+        self.looks_at_nothing = with_model and self.frontier(1)[1] == _LOWEST
 
     def _widths(self) -> list[int]:
         return [self.frontier(depth)[0] for depth in range(1, self.max_depth)]
@@ -217,8 +220,7 @@ class ShapePolicy(Policy):
         return shape.width, _LOWEST
 
     def worth_expanding(self, scores):
-        # where no threshold cuts anything there is no need to look
-        return self.frontier(1)[1] == _LOWEST or super().worth_expanding(scores)
+        return self.looks_at_nothing or super().worth_expanding(scores)
 
     def describe(self):
         return f"{self.shape}, as asked for"

@@ -124,11 +124,13 @@ def _recording_line(model: TreeModel) -> str:
 
 def _graphs_line(model: TreeModel) -> str:
     if model.on_graphs and model.recording_reason is None:
-        return _recorded_shapes(model)
+        steps = f"{model.steps.num_replayed} steps between forwards"
+        refused = "".join(f"; not captured: {reason}" for reason in model.steps.refusals)
+        return f"{_recorded_shapes(model)}, {steps}{refused}"
     if model.on_graphs:
         return f"off: {model.recording_reason}"
     if model.device.type == "cuda":
-        return "off; cuda_graphs=True turns them on"
+        return "off, by cuda_graphs=False"
     return "off, no GPU in use"
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,9 @@ from treespec.kernels.warpers import Warpers, warped_scores
 from treespec.steps import Steps
 from treespec.transfer import on_device
 from treespec.tree import Growth, Tree
+
+# Log-probabilities `[B, F, K]` of children to how many of them each node has.
+Breadth = Callable[[torch.Tensor], torch.Tensor]
 
 RULES = ("coupled", "target_only", "without_replacement", "traversal")
 # Rules that need siblings drawn from the draft, by numbers the target does not share.
@@ -257,19 +261,21 @@ class TokenPicker:
             drafting="sampled" if rejects else None,
             noise=noise,
             implementation=self.implementation,
-            **self._keys(logits),
+            **self._keys(logits.device),
             **self.warpers,
         )
 
     def told(self, logits: torch.Tensor, tree: Tree, lens: list[int]) -> torch.Tensor:
-        """int64 `[B, 3 + 2N]`: whether some node's logits are NaN, then the verdict of `verify`
-        (accept length, bonus token, path), and the tokens that the path carries."""
+        """int64 `[B, 3 + 2N]`, or `3 + 3N` with a draft: whether some node's logits are NaN, the
+        verdict of `verify` (accept length, bonus token, path), the tokens that the path carries,
+        and the draft's rows of its nodes."""
         if not self.steps.captured or self.rejects:
-            return _told(self.verify(logits, tree, lens), logits, tree.tokens)
-        trees = (logits, tree.tokens, tree.parents, tree.num_nodes)
+            verdict = self.verify(logits, tree, lens)
+            return _told(verdict, logits, tree.tokens, tree.draft_rows)
+        trees = (logits, tree.tokens, tree.parents, tree.num_nodes, tree.draft_rows)
         if self.noise is None:
             return self.steps(_told_greedy, *trees)
-        keys = self._keys(logits)
+        keys = self._keys(logits.device)
         return self.steps(
             _told_sampled,
             *trees,
@@ -330,7 +336,7 @@ class TokenPicker:
         known: dict = {}
         if self.knows_pick:
             places = on_device(positions, logits.device).unsqueeze(1)
-            known = self._keys(logits)
+            known = self._keys(logits.device)
             known |= {"drafting": "coupled", "positions": places.expand(-1, logits.shape[1])}
             if self.implementation == "torch":
                 known["noise"] = self.noise.level(positions)[..., : logits.shape[2]]
@@ -344,6 +350,21 @@ class TokenPicker:
             **known,
         )
 
+    def ranking(self, sharpness: float, breadth: Breadth | None) -> Ranking | None:
+        """How a draft's tokens are ranked, in constants; None where its processors hold more."""
+        if self._draft_processors:
+            return None
+        # a graph for every sharpness would be too many
+        sharpness = max(round(4 * sharpness), 1) / 4
+        return Ranking(sharpness, breadth, self.vocab_size, tuple(self._draft_warpers.items()))
+
+    def noise_keys(self, device: torch.device) -> tuple:
+        """int64 `[B]` seeds and rows of the noise that a draft knows, on the device; twice None
+        where it knows none."""
+        if not self.knows_pick:
+            return None, None
+        return tuple(self._keys(device).values())
+
     def rank(
         self,
         growth: Growth,
@@ -352,7 +373,7 @@ class TokenPicker:
         count: int,
         positions: list[int],
         sharpness: float,
-        breadth: Callable[[torch.Tensor], torch.Tensor | None],
+        breadth: Breadth | None,
     ) -> None:
         """Gives a growth's frontier its likeliest children, as `children` finds them.
 
@@ -363,25 +384,12 @@ class TokenPicker:
             count: K, most children.
             positions: committed tokens of every row.
             sharpness: factor on the scores.
-            breadth: the children of every node, as `Policy.breadth` gives them.
+            breadth: tells the children of every node, as `Policy.breadth` does; None for K.
         """
-        if self.steps.captured and not self._draft_processors:
-            keys = self._keys(logits) if self.knows_pick else {"seed": None, "rows": None}
-            self.steps.on(
-                growth,
-                _rank_by_kernel,
-                logits,
-                self.lens,
-                keys["seed"],
-                keys["rows"],
-                level,
-                count,
-                # a graph for every sharpness would be too many
-                max(round(4 * sharpness), 1) / 4,
-                breadth,
-                self.vocab_size,
-                tuple(self._draft_warpers.items()),
-            )
+        ranking = self.ranking(sharpness, breadth) if self.steps.captured else None
+        if ranking is not None:
+            keys = self.noise_keys(logits.device)
+            self.steps.on(growth, rank_by_kernel, logits, self.lens, *keys, level, count, ranking)
             return
         places = [length + level for length in positions]
         parents = growth.frontier_scores
@@ -421,7 +429,7 @@ class TokenPicker:
             nodes=nodes,
             root_positions=roots,
             implementation=self.implementation,
-            **self._keys(logits),
+            **self._keys(logits.device),
             **self._draft_warpers,
         )
         flat = warped_scores(logits.float().flatten(0, 1), Warpers(**self._draft_warpers))
@@ -438,14 +446,14 @@ class TokenPicker:
             logits = processor(None, flat).view_as(logits)
         return logits
 
-    def _keys(self, logits: torch.Tensor) -> dict:
+    def _keys(self, device: torch.device) -> dict:
         """What the noise is keyed on, as arguments of `ops.draft_children`."""
         if self._keys_on_device is None:
             seed, rows = self.noise.seed, self.noise.row_ids
             if self.implementation != "torch":
                 # a graph's constants would tie it to one seed
-                seed = on_device([seed - (seed >> 63 << 64)] * len(rows), logits.device)
-            self._keys_on_device = seed, on_device(rows, logits.device)
+                seed = on_device([seed - (seed >> 63 << 64)] * len(rows), device)
+            self._keys_on_device = seed, on_device(rows, device)
         seed, rows = self._keys_on_device
         return {"seed": seed, "rows": rows}
 
@@ -457,25 +465,43 @@ class TokenPicker:
             self.noise.drop_row(row)
 
 
+@dataclass(frozen=True)
+class Ranking:
+    """How a draft's tokens are ranked: factor on its scores, children of a node, tokens that count,
+    and warpers."""
+
+    sharpness: float
+    breadth: Breadth | None
+    vocab_size: int
+    warpers: tuple[tuple[str, float], ...]
+
+
 def kept_children(
-    scores: torch.Tensor,
-    parents: torch.Tensor,
-    breadth: Callable[[torch.Tensor], torch.Tensor | None],
+    scores: torch.Tensor, parents: torch.Tensor, breadth: Breadth | None
 ) -> torch.Tensor:
     """Scores `[B, F, K]` of children, -inf for those beyond the breadth of their parent, of scores
     `[B, F]`."""
-    counts = breadth(scores - parents.unsqueeze(2))
-    if counts is None:
+    if breadth is None:
         return scores
+    counts = breadth(scores - parents.unsqueeze(2))
     order = torch.arange(scores.shape[2], device=scores.device)
     return scores.masked_fill(order >= counts.unsqueeze(2), _CUT)
 
 
 # Of tensors and constants alone, so that graphs can be captured of them.
-def _rank_by_kernel(
-    growth, logits, lens, seed, rows, level, count, sharpness, breadth, vocab_size, warpers
+def rank_by_kernel(
+    growth: Growth,
+    logits: torch.Tensor,
+    lens: torch.Tensor,
+    seed: torch.Tensor | None,
+    rows: torch.Tensor | None,
+    level: int,
+    count: int,
+    ranking: Ranking,
 ) -> None:
-    logits, parents, known = logits[..., :vocab_size], growth.frontier_scores, {}
+    """`TokenPicker.rank` without anything from the host."""
+    logits, parents = logits[..., : ranking.vocab_size], growth.frontier_scores
+    known = {}
     if seed is not None:
         places = (lens.unsqueeze(1) + level).expand(-1, logits.shape[1])
         known = {"drafting": "coupled", "positions": places, "seed": seed, "rows": rows}
@@ -483,28 +509,34 @@ def _rank_by_kernel(
         logits,
         parents,
         count,
-        sharpness=sharpness,
+        sharpness=ranking.sharpness,
         implementation="triton",
-        **dict(warpers),
+        **dict(ranking.warpers),
         **known,
     )
-    growth.expand(tokens, kept_children(scores, parents, breadth))
+    growth.expand(tokens, kept_children(scores, parents, ranking.breadth))
 
 
-def _told(verdict: ops.Verdict, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    carried = tokens.gather(1, verdict.path.clamp_min(0))
+def _told(
+    verdict: ops.Verdict,
+    logits: torch.Tensor,
+    tokens: torch.Tensor,
+    draft_rows: torch.Tensor | None,
+) -> torch.Tensor:
+    path = verdict.path.clamp_min(0)
     broken = logits[..., 0].isnan().any(1).long()
     heads = torch.stack([broken, verdict.accept_length, verdict.bonus_token], dim=1)
-    return torch.cat([heads, verdict.path, carried], dim=1)
+    carried = [held.gather(1, path) for held in (tokens, draft_rows) if held is not None]
+    return torch.cat([heads, verdict.path, *carried], dim=1)
 
 
-def _told_greedy(logits, tokens, parents, num_nodes) -> torch.Tensor:
+def _told_greedy(logits, tokens, parents, num_nodes, draft_rows) -> torch.Tensor:
     verdict = ops.verify_greedy(logits, tokens, parents, num_nodes, implementation="triton")
-    return _told(verdict, logits, tokens)
+    return _told(verdict, logits, tokens, draft_rows)
 
 
 def _told_sampled(
-    logits, tokens, parents, num_nodes, depths, lens, seed, rows, warpers
+    logits, tokens, parents, num_nodes, draft_rows, depths, lens, seed, rows, warpers
 ) -> torch.Tensor:
     verdict = ops.verify_sampled(
         logits,
@@ -517,4 +549,4 @@ def _told_sampled(
         implementation="triton",
         **dict(warpers),
     )
-    return _told(verdict, logits, tokens)
+    return _told(verdict, logits, tokens, draft_rows)

@@ -52,8 +52,9 @@ class TreeSpeculator:
             no lookups; other text at the same seed. Greedy text is the same under all.
         attention: "triton" (an error where it cannot run), "torch", or "auto": Triton on a GPU,
             PyTorch elsewhere.
-        cuda_graphs: True captures the forwards of a round on a GPU as CUDA graphs (an error where
-            that cannot be); "auto" and False do not.
+        cuda_graphs: "auto" captures the forwards of a round, and what is between them, as CUDA
+            graphs on a GPU where that can be; with True it is an error where it cannot; False does
+            not.
         capture: "auto" records small forwards on a CPU as straight lines of ATen calls; False turns
             that off.
 
@@ -90,7 +91,7 @@ class TreeSpeculator:
             TreeModel,
             record=capture is not False,
             attention=attention,
-            graphs=cuda_graphs is True,
+            graphs=cuda_graphs is not False,
         )
         self._target = ready(target, "target")
         self._model = None

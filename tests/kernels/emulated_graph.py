@@ -74,7 +74,8 @@ class EmulatedGraph(TorchDispatchMode):
         """Keeps what lies in memory that is about to be written for the first time."""
         for tensor in tensors:
             if _memory(tensor) not in self._before:
-                whole = tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.itemsize,), (1,), 0)
+                size = tensor.untyped_storage().nbytes() // tensor.itemsize
+                whole = tensor.as_strided((size,), (1,), 0)
                 self._before[_memory(tensor)] = whole, whole.clone()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

@@ -157,15 +157,15 @@ def test_a_new_cache_takes_its_graphs_with_it(device):
 def test_what_a_replay_does_not_fill_is_found(left_out, device, monkeypatch):
     """A graph that keeps the first call's data is dropped when it is checked."""
     captured, _ = both("llama", device)
-    take_over = graphs._GraphForward.take_over
+    take_over = graphs.GraphForward.take_over
 
-    def forgetful(self, forward):
+    def forgetful(self, *arguments):
         name = "_prefix_lens" if left_out == "prefix_lens" else left_out
         kept = getattr(self, name).clone()
-        take_over(self, forward)
+        take_over(self, *arguments)
         getattr(self, name).copy_(kept)
 
-    monkeypatch.setattr(graphs._GraphForward, "take_over", forgetful)
+    monkeypatch.setattr(graphs.GraphForward, "take_over", forgetful)
     captured.begin()
     captured.allocate(1, 96)
     ids = torch.randint(2, 128, (1, 60), generator=torch.Generator().manual_seed(5)).to(device)
@@ -206,9 +206,25 @@ def test_what_cannot_be_captured_is_refused_by_name(device):
         TreeSpeculator(target, None, attention="triton", cuda_graphs=True)
 
 
+@torch.inference_mode()
+def test_products_do_not_point_at_memory_of_graphs_that_are_gone(device):
+    """Another user of graphs may give torch's shared workspaces back to the driver."""
+    if device.type != "cuda":
+        pytest.skip("workspaces are cuBLAS's")
+    gone = torch.randn(64, 64, device=device)
+    replay, _ = graphs.capture_graph(lambda: gone @ gone, device, graphs.new_pool())
+    del replay, _
+    weight, x = (torch.randn(n, 4096, device=device, dtype=torch.float16) for n in (512, 48))
+    replay, out = graphs.capture_graph(lambda: x @ weight.T, device, graphs.new_pool())
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+    replay()
+    torch.testing.assert_close(out, x @ weight.T)
+
+
 def test_a_mask_that_is_no_window_is_refused(device):
     """Its layer would attend by PyTorch, over rows cut to one text's length."""
-    forward = graphs._GraphForward
+    forward = graphs.GraphForward
     with pytest.raises(model.RecordingRefused, match="attends by PyTorch"):
         forward.attend(
             type("Call", (), {"kernel": True})(), *(None,) * 3, torch.empty(0), 1.0, None, None

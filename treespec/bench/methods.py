@@ -325,7 +325,7 @@ def stats_of(stats) -> dict[str, Any]:
 def _speculator(pair: Pair, shape: Shape | str | None, sources: str | None) -> Run:
     from treespec import TreeSpeculator
 
-    draft, graphs = draft_argument(pair, sources), pair.cuda_graphs or "auto"
+    draft, graphs = draft_argument(pair, sources), pair.cuda_graphs
     return stepwise(TreeSpeculator(pair.target, draft, shape or "auto", cuda_graphs=graphs))
 
 

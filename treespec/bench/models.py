@@ -27,14 +27,14 @@ class Pair:
         target, draft: causal LMs on one device.
         tokenizer: theirs; None for random weights.
         about: what a record says of them.
-        cuda_graphs: rows of this library capture forwards as CUDA graphs.
+        cuda_graphs: `cuda_graphs=` of this library's rows.
     """
 
     target: Any
     draft: Any
     tokenizer: Any
     about: dict[str, Any]
-    cuda_graphs: bool = False
+    cuda_graphs: bool | str = "auto"
 
     @property
     def simulated(self) -> bool:
@@ -144,8 +144,10 @@ def _sized(texts: list[str], dtype: str | None, device: torch.device):
     models = []
     for seed, config in enumerate(configs):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=resolved)
-        models.append(model.to(device).eval())
+        # drawn where they will be: a GPU draws billions in a second
+        with device:
+            model = AutoModelForCausalLM.from_config(config, dtype=resolved)
+        models.append(model.eval())
     return models[0], models[1], None
 
 
@@ -184,7 +186,7 @@ def load_pair(settings: dict[str, Any], device: torch.device) -> Pair:
     """
     if settings["sized"]:
         target, draft, tokenizer = _sized(settings["sized"], settings["dtype"], device)
-        names = settings["sized"]
+        names = [Path(text).name for text in settings["sized"]]
     elif settings["target"] == "demo":
         if settings["draft"] != "demo":
             raise ModelError("--draft: the bundled target goes with the bundled draft")
@@ -212,4 +214,5 @@ def load_pair(settings: dict[str, Any], device: torch.device) -> Pair:
         "draft_weights": settings["draft_weights"],
         "simulated": bool(settings["sized"]),
     }
-    return Pair(target, draft, tokenizer, about, bool(settings.get("cuda_graphs")))
+    graphs = settings.get("cuda_graphs")
+    return Pair(target, draft, tokenizer, about, "auto" if graphs is None else graphs)

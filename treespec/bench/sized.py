@@ -52,6 +52,11 @@ class ReplayedDraft(ModelSource):
         self.text: list[int] = []
         self.first_round = 0
 
+    @property
+    def can_be_captured(self) -> bool:
+        """What is prescribed comes from the host, level by level."""
+        return False
+
     def begin(self, sequences, capacity):
         self._round = self.first_round - 1
         super().begin(sequences, capacity)
@@ -118,9 +123,9 @@ class SizedRow:
 
         policy = make_policy(self.shape, True, False)
         lengths = record_accept_lengths(self.shape, self.new_tokens, self.pair.target.device)
-        model = TreeModel(self.pair.draft, "draft", graphs=self.pair.cuda_graphs)
+        graphs = self.pair.cuda_graphs
+        model = TreeModel(self.pair.draft, "draft", graphs=graphs is not False)
         self.source = ReplayedDraft(model, policy.max_rows, lengths)
-        graphs = self.pair.cuda_graphs or "auto"
         self.spec = TreeSpeculator(self.pair.target, None, cuda_graphs=graphs)
         self.spec._engine = Engine(self.spec._target, [self.source], policy)
         return self._run

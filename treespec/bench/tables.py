@@ -83,8 +83,8 @@ def about(record: dict[str, Any]) -> str:
         parts.append(f"draft weights {models['draft_weights']}")
     if settings["tuned"]:
         parts.append("auto starts from the file of `treespec tune`")
-    if settings.get("cuda_graphs"):
-        parts.append("this library's forwards captured as CUDA graphs")
+    if models["device"] == "cuda" and settings.get("cuda_graphs", False) is not False:
+        parts.append("this library's rows on CUDA graphs where they can be captured")
     if settings.get("record_ahead"):
         parts.append("forwards of this library's rows recorded ahead by warmup()")
     parts.append(f"acceptance: {record['acceptance']}")

@@ -98,6 +98,11 @@ class StepwiseSource(DraftSource):
         return 0.0
 
     @property
+    def compile_ms(self) -> float:
+        """The part of that which compiling kernels took."""
+        return 0.0
+
+    @property
     def unrecorded_ms(self) -> float:
         """What forwards that are not recorded took longer than they will when they are."""
         return 0.0

@@ -45,17 +45,30 @@ class ModelSource(StepwiseSource):
 
     @property
     def recording_ms(self) -> float:
-        return self.model.recording_ms
+        grown = self.model.grown
+        return self.model.recording_ms + grown.capture_ms + grown.first_ms
+
+    @property
+    def compile_ms(self) -> float:
+        return self.model.compile_ms + self.model.grown.first_ms
 
     @property
     def unrecorded_ms(self) -> float:
-        return self.model.unrecorded_ms
+        return self.model.unrecorded_ms + self.model.grown.extra_ms
 
     @property
     def settled(self) -> bool:
         return self.model.settled and not self._ingested
 
-    def root_logits(self, sequences: Sequences):
+    @property
+    def can_be_captured(self) -> bool:
+        """Whether forwards of the draft may be part of a step that is captured."""
+        return self.model.grown.captured and self.model.recording_reason is None
+
+    def catch_up(
+        self, sequences: Sequences
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+        """Takes in what is too much for one forward; returns what `enter` needs."""
         prefix_lens = self.model.cache.prefix_lens
         self.model.rounds_ahead = sequences.rounds_ahead
         behind = max(length - prefix for length, prefix in zip(sequences.lens, prefix_lens))
@@ -63,20 +76,30 @@ class ModelSource(StepwiseSource):
             self._ingested = True
             self.model.ingest(sequences.tokens, [length - 1 for length in sequences.lens])
         self._behind = [length - prefix for length, prefix in zip(sequences.lens, prefix_lens)]
-        self._steps = steps = sequences.steps
+        self._steps = sequences.steps
         width = _bucket(max(self._behind))
-        if steps.captured:
+        if self._steps.captured:
             # a few nodes more cost a GPU nothing, and a graph of their own would
             width = max(width, 8)
-        self._prefix = on_device(prefix_lens, sequences.tokens.device)
-        self._lens = sequences.lens_on_device
-        tokens, positions, chain, root_row, sees = steps(
-            _catch_up, sequences.tokens, self._lens, self._prefix, width
+        prefix = on_device(prefix_lens, sequences.tokens.device)
+        return sequences.tokens, sequences.lens_on_device, prefix, width
+
+    def enter(
+        self, tokens: torch.Tensor, lens: torch.Tensor, prefix_lens: torch.Tensor, width: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+        """The first forward of a round, over the last `width` tokens of the texts `[B, S]`;
+        returns what `root_logits` does."""
+        self._lens, self._prefix = lens, prefix_lens
+        nodes, positions, chain, root_row, sees = self._steps(
+            _last_tokens, tokens, lens, prefix_lens, width
         )
         self._positions = positions
         self.forwards += 1
-        logits = self.model.forward(tokens, positions, chain, prefix_lens=self._prefix)
-        return steps(_of_row, logits, root_row), root_row, sees, width
+        logits = self.model.forward(nodes, positions, chain, prefix_lens=prefix_lens)
+        return self._steps(_of_row, logits, root_row), root_row, sees, width
+
+    def root_logits(self, sequences: Sequences):
+        return self.enter(*self.catch_up(sequences))
 
     def level_logits(self, tokens, depth, visible, offset):
         positions, self._positions = self._steps(
@@ -93,7 +116,7 @@ class ModelSource(StepwiseSource):
         )
 
 
-def _catch_up(
+def _last_tokens(
     history: torch.Tensor, lens: torch.Tensor, prefix_lens: torch.Tensor, width: int
 ) -> tuple[torch.Tensor, ...]:
     """The first `width` tokens behind every prefix, their positions, what they see, and of the
