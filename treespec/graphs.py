@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -26,22 +27,22 @@ _FEWEST_ROWS = 1024
 _ROWS_STEP = 8192
 
 
-_inside = False
+# .inside: whether a function is being captured
+_thread = threading.local()
 
 
 @contextlib.contextmanager
 def inside() -> Iterator[None]:
     """Around a function that is being captured: forwards of models in it are part of its graph."""
-    global _inside
-    before, _inside = _inside, True
+    before, _thread.inside = is_inside(), True
     try:
         yield
     finally:
-        _inside = before
+        _thread.inside = before
 
 
 def is_inside() -> bool:
-    return _inside
+    return getattr(_thread, "inside", False)
 
 
 class CapturedForward:

@@ -75,8 +75,10 @@ class TreeModel:
         self.cache: TreeCache | None = None
         self._records, self._captures = record, graphs
         self._graph_pool: tuple[int, int] | None = None
-        # what is done between forwards, and what has forwards of this model in it
-        self.steps, self.grown = (Steps(self.on_graphs and self.kernel) for _ in range(2))
+        # what is done between forwards, and what has forwards of this model in it: in 16 bits a
+        # near tie of a draft's may fall either way
+        captures = self.on_graphs and self.kernel
+        self.steps, self.grown = Steps(captures), Steps(captures, agreeing=0.5)
         self.recording_reason = self._recording_obstacle()
         self._recordings: dict[tuple, _Recording] = {}
         self.rounds_ahead: float | None = None

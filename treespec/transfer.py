@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 
 import numpy as np
 import torch
@@ -37,14 +38,16 @@ class _Ring:
         self._memory = torch.empty(_RING, dtype=torch.long, pin_memory=True)
         self._array = self._memory.numpy()
         self._next = 0
+        self._lock = threading.Lock()
 
     def place(self, values: np.ndarray) -> torch.Tensor:
         """The values in pinned memory."""
         size = math.prod(values.shape)
         if size > _RING // 16:
             return torch.from_numpy(values).pin_memory()
-        start = self._next if self._next + size <= _RING else 0
-        self._next = end = start + size
+        with self._lock:
+            start = self._next if self._next + size <= _RING else 0
+            self._next = end = start + size
         self._array[start:end] = values.ravel()
         return self._memory[start:end].view(values.shape)
 

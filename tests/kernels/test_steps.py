@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_captured_forwards import small_model
 
-from treespec import BestFirstTree, Chain, FixedTree, TreeSpeculator, steps
+from treespec import BestFirstTree, Chain, FixedTree, TreeSpeculator, graphs, steps
 
 pytestmark = pytest.mark.usefixtures("made")
 
@@ -87,6 +87,42 @@ def test_a_step_that_reads_on_the_host_is_called(device):
     assert one.num_replayed == 1
 
 
+@torch.inference_mode()
+def test_a_replay_that_differs_from_the_call_is_dropped(device, monkeypatch):
+    """And what was asked for comes all the same, though the replay has spoiled its arguments."""
+    one = steps.Steps(captures=True)
+    capture = graphs.capture_graph
+
+    def broken(function, *rest):
+        replay, result = capture(function, *rest)
+        total = pile.total
+
+        def spoiled():
+            replay()
+            total.fill_(99.0)
+
+        return spoiled, result
+
+    pile = one.make(Pile, torch.ones(2, device=device))
+    value = torch.full((2,), 3.0, device=device)
+    monkeypatch.setattr(graphs, "capture_graph", broken)
+    for turn in range(CALLS):
+        pile.total, pile.count = one.hold(torch.full((2,), float(turn), device=device)), 1
+        assert one.on(pile, Pile.put, value, 2.0).tolist() == [2.0 * (turn + 6)] * 2
+        assert pile.total.tolist() == [turn + 6.0] * 2
+    assert one.refusals == ["Pile.put: 0% of its replay is what a call gives"]
+
+
+@torch.inference_mode()
+def test_a_buffer_that_is_gone_is_held_no_more(device):
+    one = steps.Steps(captures=True)
+    buffer = one.hold(torch.ones(3, device=device))
+    assert one._lies_still(buffer) and one._lies_still(buffer[:2])
+    held = dict(one._held)
+    del buffer
+    assert [ref() for ref in held.values()] == [None]
+
+
 def trees_of(spec: TreeSpeculator, ids, **options) -> tuple[list, torch.Tensor]:
     """The trees of all rounds, and the text."""
     trees, observe = [], spec._policy.observe
@@ -132,8 +168,8 @@ def test_rounds_grow_the_trees_of_called_steps(shape, ways, device):
     with torch.no_grad():
         draft.lm_head.weight += 0.4 * torch.randn(draft.lm_head.weight.shape).to(device)
     captured, called = (
-        TreeSpeculator(target, [draft, "ngram"], shape, attention="triton", cuda_graphs=graphs)
-        for graphs in (True, False)
+        TreeSpeculator(target, [draft, "ngram"], shape, attention="triton", cuda_graphs=on)
+        for on in (True, False)
     )
     ids = torch.randint(2, 128, (1, 7), generator=torch.Generator().manual_seed(1)).to(device)
     ids = torch.cat([ids, ids], dim=1)
