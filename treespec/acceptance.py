@@ -77,14 +77,15 @@ def decide(
     # the one host read of a round
     read = picker.told(logits, tree, [text.position for text in rows]).tolist()
     size = tree.tokens.shape[1]
-    if size > 1 and any(broken for broken, *_ in read):
+    if size > 1 and any(values[-1] for values in read):
         return None
     verdicts = []
     for row, (values, text) in enumerate(zip(read, rows)):
-        _, accepted, bonus = values[:3]
-        path, carried = values[3 : 4 + accepted], values[4 + size : 4 + size + accepted]
+        accepted, bonus = values[:2]
+        path, carried = values[2 : 3 + accepted], values[3 + size : 3 + size + accepted]
         verdict = _cut(path, [*carried, bonus], logits[row], picker, row, text)
-        verdict.draft_rows = values[4 + 2 * size :][: len(verdict.path) - 1]
+        if tree.draft_rows is not None:
+            verdict.draft_rows = values[3 + 2 * size :][: len(verdict.path) - 1]
         verdicts.append(verdict)
     return verdicts
 

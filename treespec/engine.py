@@ -462,6 +462,10 @@ class Engine:
 
     def _write(self, new: list[list[int]]) -> None:
         """Puts every row's new tokens, which its length counts already, into its text."""
+        if len(new) == 1:
+            place = self._tokens[0, self._lens[0] - len(new[0]) : self._lens[0]]
+            place.copy_(on_device(new[0], place.device))
+            return
         longest = max(map(len, new))
         # a row with fewer repeats its last
         tokens = [row + row[-1:] * (longest - len(row)) for row in new]

@@ -266,9 +266,9 @@ class TokenPicker:
         )
 
     def told(self, logits: torch.Tensor, tree: Tree, lens: list[int]) -> torch.Tensor:
-        """int64 `[B, 3 + 2N]`, or `3 + 3N` with a draft: whether some node's logits are NaN, the
-        verdict of `verify` (accept length, bonus token, path), the tokens that the path carries,
-        and the draft's rows of its nodes."""
+        """int64 `[B, 2 + 2N]` or more: the verdict of `verify` (accept length, bonus token, path),
+        the tokens that the path carries, with a draft its rows of the path's nodes, and of more
+        nodes than the root whether some node's logits are NaN."""
         if not self.steps.captured or self.rejects:
             verdict = self.verify(logits, tree, lens)
             return _told(verdict, logits, tree.tokens, tree.draft_rows)
@@ -524,10 +524,13 @@ def _told(
     draft_rows: torch.Tensor | None,
 ) -> torch.Tensor:
     path = verdict.path.clamp_min(0)
-    broken = logits[..., 0].isnan().any(1).long()
-    heads = torch.stack([broken, verdict.accept_length, verdict.bonus_token], dim=1)
-    carried = [held.gather(1, path) for held in (tokens, draft_rows) if held is not None]
-    return torch.cat([heads, verdict.path, *carried], dim=1)
+    heads = torch.stack([verdict.accept_length, verdict.bonus_token], dim=1)
+    told = [heads, verdict.path, tokens.gather(1, path)]
+    if draft_rows is not None:
+        told.append(draft_rows.gather(1, path))
+    if tokens.shape[1] > 1:
+        told.append(logits[..., 0].isnan().any(1, keepdim=True).long())
+    return torch.cat(told, dim=1)
 
 
 def _told_greedy(logits, tokens, parents, num_nodes, draft_rows) -> torch.Tensor:

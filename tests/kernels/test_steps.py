@@ -44,11 +44,11 @@ def test_owners_attributes_are_changed_as_by_calls(device):
             for name, expected in vars(piles[1]).items():
                 other = vars(piles[0])[name]
                 assert torch.equal(torch.as_tensor(other), torch.as_tensor(expected))
-    assert replayed.extra_ms > 0.0 and replayed.capture_ms > 0.0 and replayed.num_replayed == 4
-    assert called.extra_ms == called.capture_ms == called.num_replayed == 0
+    assert replayed.first_ms > 0.0 and replayed.capture_ms > 0.0 and replayed.num_replayed == 4
+    assert called.first_ms == called.capture_ms == called.num_replayed == 0
     replayed.start_round()
     replayed.on(replayed.make(Pile, first), Pile.put, second, 2.0)
-    assert replayed.extra_ms == replayed.capture_ms == 0.0
+    assert replayed.first_ms == replayed.extra_ms == replayed.capture_ms == 0.0
 
 
 @torch.inference_mode()
