@@ -261,10 +261,16 @@ class _Replay:
 
 
 def _agreement(found: Any, expected: Any) -> float:
-    """The share of entries that are about the same, of the tensor in which fewest are."""
+    """The share of entries that are the same, fractions to rounding, of the tensor in which fewest
+    are."""
+
+    def same(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        if x.is_floating_point():
+            return torch.isclose(x.float(), y.float(), 0.01, 0.01, equal_nan=True)
+        return x == y
+
     pairs = [(x, y) for x, y in zip(_tensors(found), _tensors(expected)) if x.numel()]
-    close = (torch.isclose(x.float(), y.float(), 0.01, 0.01, equal_nan=True) for x, y in pairs)
-    return min((float(same.float().mean()) for same in close), default=1.0)
+    return min((float(same(x, y).float().mean()) for x, y in pairs), default=1.0)
 
 
 def _room_for(value: Any, rooms: dict[int, torch.Tensor]) -> Any:

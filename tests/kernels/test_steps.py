@@ -113,6 +113,14 @@ def test_a_replay_that_differs_from_the_call_is_dropped(device, monkeypatch):
     assert one.refusals == ["Pile.put: 0% of its replay is what a call gives"]
 
 
+def test_agreement_of_tokens_is_exact():
+    found, others = torch.tensor([100_000, 7]), torch.tensor([100_001, 7])
+    assert steps._agreement((found, None), (others, None)) == 0.5
+    assert steps._agreement({"a": found}, {"a": found.clone()}) == 1.0
+    rounded = torch.tensor([1.0, -torch.inf, torch.nan])
+    assert steps._agreement(rounded + 1e-4, rounded) == 1.0
+
+
 @torch.inference_mode()
 def test_a_buffer_that_is_gone_is_held_no_more(device):
     one = steps.Steps(captures=True)
