@@ -306,7 +306,7 @@ class Engine:
         sizes = self.policy.node_sizes
         if self.steps.captured:
             # as many as the width has places for, which would be padding
-            count = round_up_nodes(count, sizes)
+            count = round_up_nodes(min(count, sizes[-1]), sizes)
             sizes, deepest = (count,), max(deepest, _DEEP)
         tree = self.steps.on(growth, Growth.select, count, deepest, sizes)
         self._placed = self.steps(_placed, picker.lens, tree.depths)

@@ -400,7 +400,8 @@ class TreeModel:
         node_positions: torch.Tensor | None = None,
         prefix_lens: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Forwards one batch of tree nodes.
+        """Forwards one batch of tree nodes; within a step that is being captured, as part of its
+        graph.
 
         Args:
             tokens: int64 `[B, N]`.
@@ -414,16 +415,15 @@ class TreeModel:
         Returns:
             Logits `[B, N, V]`; their storage may be reused by the next forward.
         """
-        num_nodes = tokens.shape[1]
+        num_nodes, inside = tokens.shape[1], graphs.is_inside()
+        if inside and self.recording_reason is not None:
+            raise RecordingRefused(self.recording_reason)
         assert self.cache is not None
-        if graphs.is_inside():
-            return self._forward_inside(
-                tokens, positions, visible, offset, node_positions, prefix_lens
-            )
         last = max(self.cache.prefix_lens) + offset + num_nodes
-        if self.position_limit and last > self.position_limit:
+        # a graph outlives the lengths of now
+        if self.position_limit and (inside or last > self.position_limit):
             positions = positions.clamp_max(self.position_limit - 1)
-        call = hf.Forward(
+        call = (graphs.GraphForward if inside else hf.Forward)(
             self.cache,
             num_nodes,
             offset,
@@ -440,32 +440,9 @@ class TreeModel:
             )
         with hf.forward_scope(call):
             most = MAX_NODES if self.on_graphs else _MOST_NODES_OF_A_RECORDING
-            if self.recording_reason is not None or num_nodes > most:
+            if inside or self.recording_reason is not None or num_nodes > most:
                 return self._eager(tokens, positions)
             return self._recorded_call(tokens, positions)
-
-    def _forward_inside(
-        self, tokens, positions, visible, offset, node_positions, prefix_lens
-    ) -> torch.Tensor:
-        """As `forward`, as part of a graph that is being captured."""
-        if self.recording_reason is not None:
-            raise RecordingRefused(self.recording_reason)
-        assert self.cache is not None
-        if self.position_limit:
-            positions = positions.clamp_max(self.position_limit - 1)
-        call = graphs.GraphForward(
-            self.cache,
-            tokens.shape[1],
-            offset,
-            visible,
-            positions,
-            positions if node_positions is None else node_positions,
-            self.kernel,
-            self.rotary,
-            prefix_lens,
-        )
-        with hf.forward_scope(call):
-            return self._eager(tokens, positions)
 
     def _eager(self, tokens: torch.Tensor, positions: torch.Tensor, **kwargs) -> torch.Tensor:
         """The model's own forward, its linear layers in a type that the device multiplies."""

@@ -89,7 +89,7 @@ def explain(spec: TreeSpeculator) -> str:
     fused = "fused with the cache write" if target.rotary is not None else "the model's own"
     lines.append(f"rotary embedding: {fused} ({target.rotary_reason})")
     lines.append(f"recorded forwards: {_recording_line(target)}")
-    lines.append(f"CUDA graphs: {_graphs_line(target)}")
+    lines.append(f"CUDA graphs: {_graphs_line(target, spec._model)}")
     limit = "none stated" if target.position_limit is None else f"{target.position_limit} positions"
     lines.append(
         f"limits: {limit}, {MAX_NODES} nodes a tree; beam search, recurrent and encoder-decoder "
@@ -122,11 +122,14 @@ def _recording_line(model: TreeModel) -> str:
     return f"{_recorded_shapes(model)}; {packed} MiB of prepacked weights"
 
 
-def _graphs_line(model: TreeModel) -> str:
+def _graphs_line(model: TreeModel, draft: TreeModel | None) -> str:
     if model.on_graphs and model.recording_reason is None:
-        steps = f"{model.steps.num_replayed} steps between forwards"
-        refused = "".join(f"; not captured: {reason}" for reason in model.steps.refusals)
-        return f"{_recorded_shapes(model)}, {steps}{refused}"
+        grown = [draft.grown] if draft is not None else []
+        replayed = sum(steps.num_replayed for steps in (model.steps, *grown))
+        reasons = [reason for steps in (model.steps, *grown) for reason in steps.refusals]
+        between = f"{replayed} steps between forwards"
+        refused = "".join(f"; not captured: {reason}" for reason in reasons)
+        return f"{_recorded_shapes(model)}, {between}{refused}"
     if model.on_graphs:
         return f"off: {model.recording_reason}"
     if model.device.type == "cuda":
