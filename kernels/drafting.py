@@ -64,10 +64,10 @@ def _rank_of(score, token, word, vocab_size, SAMPLED: tl.constexpr):
 
 @triton.jit
 def part_kernel(
-    logits_ptr, cum_ptr, threshold_ptr, temperature_ptr, seeds_ptr, rows_ptr, places_ptr,
-    roots_ptr,
+    logits_ptr, cum_ptr, threshold_ptr, temperature_ptr, sharpness_ptr, seeds_ptr, rows_ptr,
+    places_ptr, roots_ptr,
     ranks_ptr, peak_ptr, mass_ptr,
-    frontier, vocab_size, num_children, sharpness, min_logprob,
+    frontier, vocab_size, num_children, min_logprob,
     stride_lb, stride_lf,
     COUPLED: tl.constexpr, SAMPLED: tl.constexpr, CUT: tl.constexpr,
     STREAM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -82,7 +82,7 @@ def part_kernel(
         return
     b = pair // frontier
     row_ptr = logits_ptr + b.to(tl.int64) * stride_lb + (pair % frontier).to(tl.int64) * stride_lf
-    temperature = tl.load(temperature_ptr + b)
+    temperature, sharpness = tl.load(temperature_ptr + b), tl.load(sharpness_ptr + b)
     threshold = temperature * 0
     if CUT:
         threshold = tl.load(threshold_ptr + pair)
@@ -138,9 +138,9 @@ def part_kernel(
 
 @triton.jit
 def join_kernel(
-    logits_ptr, cum_ptr, breadth_ptr, temperature_ptr, ranks_ptr, peak_ptr, mass_ptr,
+    logits_ptr, cum_ptr, breadth_ptr, temperature_ptr, sharpness_ptr, ranks_ptr, peak_ptr, mass_ptr,
     tokens_ptr, logprobs_ptr,
-    frontier, num_parts, num_children, sharpness, min_logprob,
+    frontier, num_parts, num_children, min_logprob,
     stride_lb, stride_lf,
     SAMPLED: tl.constexpr, LIMITED: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -187,7 +187,7 @@ def join_kernel(
         )
         present = present & (score > -float("inf"))
         logits = tl.load(row_ptr + token, mask=present, other=-float("inf")).to(tl.float32)
-        score = tl.div_rn(logits, tl.load(temperature_ptr + b)) * sharpness
+        score = tl.div_rn(logits, tl.load(temperature_ptr + b)) * tl.load(sharpness_ptr + b)
     if LIMITED:
         present = present & (slot < tl.load(breadth_ptr + pair).to(tl.int32))
     logprob = score - logsumexp
@@ -206,7 +206,7 @@ def launch_draft_children(
     num_children: int,
     drafting: str,
     warpers: Warpers,
-    sharpness: float,
+    sharpness: float | torch.Tensor,
     breadth: torch.Tensor | None,
     min_logprob: float,
     seed: int | torch.Tensor | None,
@@ -229,6 +229,7 @@ def launch_draft_children(
     logits = logits if logits.stride(2) == 1 else logits.contiguous()
     cum_logprobs = cum_logprobs.contiguous()
     temperature = per_row(warpers.temperature, batch, torch.float32, device)
+    sharpness = per_row(sharpness, batch, torch.float32, device)
     threshold = None
     if any(warpers.active(name) for name in ("top_k", "top_p", "min_p")):
         from .vocabulary_cut import launch_cut
@@ -244,12 +245,12 @@ def launch_draft_children(
     peaks, masses = torch.empty(2, pairs, parts, dtype=torch.float32, device=device)
     block_k = next_power_of_two(num_children)
     part_kernel[(pairs, parts)](
-        logits, cum_logprobs, threshold, temperature,
+        logits, cum_logprobs, threshold, temperature, sharpness,
         per_row(seed, batch, torch.int64, device) if noisy else None,
         rows.contiguous() if noisy else None, places.contiguous() if noisy else None,
         root_positions.contiguous() if sampled else None,
         ranks, peaks, masses,
-        frontier, vocab_size, num_children, sharpness, min_logprob,
+        frontier, vocab_size, num_children, min_logprob,
         logits.stride(0), logits.stride(1),
         COUPLED=drafting == "coupled", SAMPLED=sampled, CUT=threshold is not None,
         STREAM=DRAFT_STREAM, BLOCK=config.block, BLOCK_K=block_k,
@@ -258,8 +259,9 @@ def launch_draft_children(
     block_r = next_power_of_two(parts * num_children)
     join_kernel[(pairs,)](
         logits, cum_logprobs, None if breadth is None else breadth.contiguous(), temperature,
+        sharpness,
         ranks, peaks, masses, tokens, logprobs,
-        frontier, parts, num_children, sharpness, min_logprob,
+        frontier, parts, num_children, min_logprob,
         logits.stride(0), logits.stride(1),
         SAMPLED=sampled, LIMITED=breadth is not None,
         BLOCK_P=next_power_of_two(parts), BLOCK_R=block_r, BLOCK_K=block_k,

@@ -26,7 +26,7 @@ def draft_children(
     top_k: int | torch.Tensor = 0,
     top_p: float | torch.Tensor = 1.0,
     min_p: float | torch.Tensor = 0.0,
-    sharpness: float = 1.0,
+    sharpness: float | torch.Tensor = 1.0,
     breadth: torch.Tensor | None = None,
     min_logprob: float = -math.inf,
     seed: int | torch.Tensor | None = None,
@@ -68,7 +68,7 @@ def draft_children(
         top_k: 0 (off) or more, a number or int [B].
         top_p: in (0, 1], a number or float [B].
         min_p: in [0, 1], a number or float [B].
-        sharpness: positive factor on the scores.
+        sharpness: positive factor on the scores, a number or float [B].
         breadth: int32 or int64 [B, F], the most children of each node; K when None. Under "sampled"
             it may not depend on what is drawn here.
         min_logprob: a node whose cumulative log-probability is below gets no children; its logits
@@ -108,7 +108,9 @@ def draft_children(
         raise ValueError(f"num_children must be an int in 1..{MAX_CHILDREN}; got {num_children!r}")
     if drafting not in DRAFTINGS:
         raise ValueError(f"drafting must be one of {', '.join(DRAFTINGS)}; got {drafting!r}")
-    if not 0.0 < sharpness < math.inf:
+    if isinstance(sharpness, torch.Tensor):
+        check_tensor("sharpness", sharpness, ALL_FLOAT_DTYPES, "[B]", (batch,), device)
+    elif not 0.0 < sharpness < math.inf:
         raise ValueError(f"sharpness must be positive and finite; got {sharpness!r}")
     if min_logprob != min_logprob:
         raise ValueError(f"min_logprob must be a number; got {min_logprob!r}")
@@ -136,7 +138,7 @@ def draft_children(
         num_children,
         drafting,
         warpers,
-        float(sharpness),
+        sharpness,
         breadth,
         float(min_logprob),
         seed,

@@ -22,7 +22,7 @@ def draft_children(
     top_k: int | torch.Tensor = 0,
     top_p: float | torch.Tensor = 1.0,
     min_p: float | torch.Tensor = 0.0,
-    sharpness: float = 1.0,
+    sharpness: float | torch.Tensor = 1.0,
     breadth: torch.Tensor | None = None,
     min_logprob: float = -math.inf,
     seed: int | torch.Tensor | None = None,
@@ -55,7 +55,8 @@ def draft_children(
                 for token in range(logits.shape[2]):
                     noise[token] = token_noise(key, row, place, token, stream)
             most = num_children if breadth is None else min(num_children, int(breadth[b, parent]))
-            children = _children(logits[b, parent], settings, sharpness, noise, drafting)
+            factor = _row_value(sharpness, b)
+            children = _children(logits[b, parent], settings, factor, noise, drafting)
             for slot, (token, logprob) in enumerate(children[: max(most, 0)]):
                 tokens[b, parent, slot] = token
                 logprobs[b, parent, slot] = above + logprob

@@ -21,7 +21,7 @@ def draft_children(
     num_children: int,
     drafting: str,
     warpers: Warpers,
-    sharpness: float,
+    sharpness: float | torch.Tensor,
     breadth: torch.Tensor | None,
     min_logprob: float,
     seed: int | torch.Tensor | None,
@@ -43,7 +43,9 @@ def draft_children(
         noise = noise.expand(batch, frontier, -1).gather(2, tokens)
     if drafting == "coupled":
         scores = scores + noise
-    if sharpness != 1.0:
+    if isinstance(sharpness, torch.Tensor):
+        scores = scores * sharpness.view(batch, 1, 1)
+    elif sharpness != 1.0:
         scores = scores * sharpness
     logprobs = torch.log_softmax(scores, -1)
     ranks = scores + noise if drafting == "sampled" else scores

@@ -47,13 +47,15 @@ class RowVerdict:
     """One row's outcome: `path` of nodes from the root on, `tokens` picked (the last is the bonus
     token).
 
-    `ended` says that the last token met the row's stopping rule. `draft_rows` are the draft's rows
+    `ended` says that the last token met the row's stopping rule. The tree had `num_nodes`, the root
+    among them. `draft_rows` are the draft's rows
     of the path's nodes behind the root, -1 for those it had not forwarded.
     """
 
     path: list[int]
     tokens: list[int]
     ended: bool = False
+    num_nodes: int = 1
     draft_rows: list[int] = field(default_factory=list)
     scores: list[torch.Tensor] = field(default_factory=list)
     logits: list[torch.Tensor] = field(default_factory=list)
@@ -81,11 +83,12 @@ def decide(
         return None
     verdicts = []
     for row, (values, text) in enumerate(zip(read, rows)):
-        accepted, bonus = values[:2]
-        path, carried = values[2 : 3 + accepted], values[3 + size : 3 + size + accepted]
+        accepted, bonus, num_nodes = values[:3]
+        path, carried = values[3 : 4 + accepted], values[4 + size : 4 + size + accepted]
         verdict = _cut(path, [*carried, bonus], logits[row], picker, row, text)
+        verdict.num_nodes = num_nodes
         if tree.draft_rows is not None:
-            verdict.draft_rows = values[3 + 2 * size :][: len(verdict.path) - 1]
+            verdict.draft_rows = values[4 + 2 * size :][: len(verdict.path) - 1]
         verdicts.append(verdict)
     return verdicts
 
@@ -132,7 +135,7 @@ def walk(
         text: the row's text.
     """
     tokens, parents = tree.tokens[row].numpy(force=True), tree.parents[row].numpy(force=True)
-    verdict = RowVerdict(path=[0], tokens=[])
+    verdict = RowVerdict(path=[0], tokens=[], num_nodes=int(tree.num_nodes[row]))
     while True:
         step, node = len(verdict.tokens), verdict.path[-1]
         place = text.length + step

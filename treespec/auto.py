@@ -29,9 +29,13 @@ from treespec.whatif import RoundCosts
 
 # Few widths, so that each is recorded and measured early.
 _NODE_SIZES = (1, 4, 8, 12, 16, 32, 64)
-# And fewer for several sequences, where every number of them makes shapes of its own.
-_BATCH_NODE_SIZES = (1, 8, 16, 32, 64)
-_LEAST_PROBABILITY = 0.02
+# And fewer for several sequences, where every number of them makes shapes of its own, and where
+# each is captured with all that may have grown it.
+FEW_NODE_SIZES = (1, 8, 16, 32, 64)
+# Levels that are grown without a look at them.
+LEVELS_AHEAD = (1, 2, 3, 4, 6)
+# Nodes of a level that are expanded, and the least cumulative log-probability of one.
+FRONTIER = FRONTIER_WIDTH, math.log(0.02)
 # Prompts are of a kind by the bits of their length; all up to 255 tokens are of one.
 _SHORT_BITS = 8
 # Draft levels of a trial.
@@ -55,7 +59,7 @@ _IDLE_ROUNDS = 8
 _REPEATS = 0.7
 # Tokens of a continuation to begin with and at most: one that proved right to its end is followed
 # by one about twice as long, of few lengths.
-_LOOKUP_LENGTHS = (20, 40, 63)
+LOOKUP_LENGTHS = (20, 40, 63)
 # The shares that lookups may have lost lately and in one text, and still be used where that is
 # expected to pay. What those of one sequence lose they make up for in the next that repeats itself.
 _DEBTS = (0.01, 0.015)
@@ -81,6 +85,7 @@ class AutoPolicy(Policy):
 
     max_nodes = 64
     node_sizes: tuple[int, ...] = _NODE_SIZES
+    reads_trees = True
 
     def __init__(
         self,
@@ -92,7 +97,7 @@ class AutoPolicy(Policy):
     ) -> None:
         self.with_model = with_model
         self.max_depth = 10
-        self.lookup_length = _LOOKUP_LENGTHS[0] if with_lookup else 0
+        self.lookup_length = LOOKUP_LENGTHS[0] if with_lookup else 0
         self.max_rows = FRONTIER_WIDTH * self.max_depth + 1
         self.origin = origin
         self._draft_share = draft_share
@@ -128,6 +133,7 @@ class AutoPolicy(Policy):
         self._trial_nodes, self._nodes_alone = 0, 1
         # what a token of each row of this round is worth
         self._shares = _ALONE
+        self._captured = False
         self._rounds = {"plain": 0, "lookup": 0, "draft": 0}
 
     def _costs_for(self, rows: int) -> MeasuredCosts:
@@ -137,7 +143,7 @@ class AutoPolicy(Policy):
             self._costs[rows] = MeasuredCosts(rows)
         return self._costs[rows]
 
-    def begin(self, longest, sampled, prefill_ms=0.0):
+    def begin(self, longest, sampled, prefill_ms=0.0, captured=False):
         # a draft may lose its way in long texts, where asking it also costs more to begin with; and
         # sampled text repeats itself less
         self._pass_time()
@@ -147,7 +153,7 @@ class AutoPolicy(Policy):
         self._kind = 2 * max(longest.bit_length(), _SHORT_BITS) + sampled
         purses = self._purses.setdefault(self._kind, (Purse(), Purse()))
         self._lookup_purse, self._draft_purse = purses
-        self._prefill_ms = prefill_ms
+        self._prefill_ms, self._captured = prefill_ms, captured
         like = self._kind - 2
         self.lookups.begin(self._kind, sampled)
         self.draft.begin(self._kind, like, sampled)
@@ -168,7 +174,8 @@ class AutoPolicy(Policy):
             self._shares = row_shares(left, self.now.fixed_share(self._costs_for(1)))
         else:
             self._shares = _ALONE
-        self.node_sizes = _NODE_SIZES if len(left) == 1 else _BATCH_NODE_SIZES
+        few = len(left) > 1 or self._captured
+        self.node_sizes = FEW_NODE_SIZES if few else _NODE_SIZES
         self._ahead_ms = max(left) * (self.now.plain_ms or 0.0)
         self._rest = self._trial_nodes = 0
         self._open_sizes, alone = self.node_sizes, len(left) == 1
@@ -348,18 +355,30 @@ class AutoPolicy(Policy):
         return 2 + 2 * self._best_levels
 
     def frontier(self, depth):
-        return FRONTIER_WIDTH, math.log(_LEAST_PROBABILITY)
+        return FRONTIER
+
+    def levels_ahead(self):
+        if self.now.root.value is None:
+            return 1  # tells what the draft costs
+        levels = min(self._best_levels, _PROBE_LEVELS) if self._exploring else self._best_levels
+        return next(count for count in LEVELS_AHEAD if count >= levels)
+
+    def levels_grown(self, reached):
+        self.promises.levels.clear()
+        for of_rows in zip(*reached):
+            promised = self._shared(of_rows) * self._trust
+            if promised <= 0:
+                break
+            self.promises.levels.append(promised)
 
     def worth_expanding(self, scores):
         if self.now.root.value is None:
             return False  # one level tells what the draft costs
         if self._exploring and self._depth + 1 >= _PROBE_LEVELS:
             return False  # nor is more than a probe spent on a trial
-        # a draft that is mostly wrong of late is no longer taken at its word
-        trust = min(1.0, self.draft.first.hopeful / _TRUSTED) * self.draft.later.value
         # what lookups and the draft both propose may be promised twice
         reached = [min(sum(map(math.exp, row)), 1.0) for row in scores.tolist()]
-        promised = self._shared(reached) * trust
+        promised = self._shared(reached) * self._trust
         kept = self.promises.of_level(self._depth, self._found).value
         # another level is verified too
         nodes = 2 + 2 * self._depth
@@ -368,6 +387,11 @@ class AutoPolicy(Policy):
             return False
         self.promises.levels.append(promised)
         return True
+
+    @property
+    def _trust(self) -> float:
+        """A draft that is mostly wrong of late is no longer taken at its word."""
+        return min(1.0, self.draft.first.hopeful / _TRUSTED) * self.draft.later.value
 
     @property
     def _found(self) -> bool:
@@ -475,7 +499,7 @@ class AutoPolicy(Policy):
         overhead_ms = outcome.total_ms - outcome.draft_ms - outcome.verify_ms
         drafted = outcome.draft_levels > 0
         self.now.verify.add(outcome.num_nodes, verify_ms, outcome.settled, drafted)
-        self.now.overhead.add(overhead_ms, outcome.settled)
+        self.now.overhead.add(overhead_ms, outcome.settled and outcome.overhead_settled)
 
     def _observe_plain(self, outcome: Outcome) -> None:
         """A round of plain decoding, which loses nothing."""
@@ -591,8 +615,10 @@ class AutoPolicy(Policy):
     def _look_ahead(self, brought: int) -> None:
         """Chooses the length of the next continuation by how much of the last one was right."""
         if self.lookup_length:
-            longer = (length for length in _LOOKUP_LENGTHS if length >= 2 * brought)
-            self.lookup_length = next(longer, _LOOKUP_LENGTHS[-1])
+            longest = LOOKUP_LENGTHS[-1]
+            # which costs nothing where every length would take graphs of its own
+            longer = () if self._captured else (k for k in LOOKUP_LENGTHS if k >= 2 * brought)
+            self.lookup_length = next(iter(longer), longest)
 
     def predictions(self) -> list[whatif.Prediction]:
         """What plain decoding, lookup alone, the best chain and the best tree would bring now."""
@@ -611,6 +637,9 @@ class AutoPolicy(Policy):
             if grown:
                 listed.append(whatif.fastest(grown))
         return listed
+
+    def prepared(self):
+        self._outlay.prepared(self.node_sizes)
 
     def describe(self) -> str:
         self._pass_time()

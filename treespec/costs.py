@@ -22,6 +22,8 @@ _SURE = 10
 _MOST = 40.0
 # What a size's measurements count for after a text that made none.
 _STALE = 0.5
+# No part of a round takes less: a time that is what others left of it could be none at all.
+_LEAST_MS = 1e-3
 # The part of an error that is corrected at once, of what draft levels cost.
 _LEVELS_STEP = 0.2
 # Measurements of a cost of which the smallest counts: the first ones find cold code.
@@ -87,6 +89,7 @@ class RunningTime:
 
     def add(self, milliseconds: float, settled: bool = True) -> None:
         """Takes in a measurement; one that is not settled counts only until there is a better."""
+        milliseconds = max(milliseconds, _LEAST_MS)
         if self.value is None or (settled and self._count == 0):
             self.value = milliseconds
         elif settled and self.sure:
@@ -148,6 +151,7 @@ class VerifyCosts:
     ) -> None:
         """Takes in a verification; one right after a draft's forwards finds other caches than plain
         decoding does, and does not move the pace."""
+        milliseconds = max(milliseconds, _LEAST_MS)
         self._curve = None
         if not settled:
             self._early[num_nodes] = min(milliseconds, self._early.get(num_nodes, math.inf))

@@ -24,7 +24,15 @@ from treespec.sources.base import DraftSource, OneShotSource, Sequences, Stepwis
 from treespec.sources.model import ModelSource
 from treespec.stats import RowStats, SpeculationStats
 from treespec.transfer import floats_on_device, on_device
-from treespec.tree import Growth, Tree, root_only, round_up_nodes, sibling_counts
+from treespec.tree import (
+    Growth,
+    Tree,
+    packed,
+    root_only,
+    round_up_nodes,
+    sibling_counts,
+    with_read,
+)
 
 # Where graphs are captured, trees are taken to be as deep as this, lest each depth have its own.
 _DEEP = 64
@@ -102,6 +110,7 @@ class Engine:
         self._history: torch.Tensor | None = None
         self._lens_held: torch.Tensor | None = None
         self._bare_trees: dict[int, Tree] = {}
+        self._bare_on_host: dict[int, Tree] = {}
         own_breadth = type(policy).breadth is not Policy.breadth
         self._breadth: Breadth | None = policy.breadth if own_breadth else None
 
@@ -163,7 +172,8 @@ class Engine:
         started = time.perf_counter()
         self.target.ingest(self._tokens, [length - 1 for length in self._lens])
         prefill_ms = 1e3 * (time.perf_counter() - started)
-        self.policy.begin(longest, request.picker.do_sample, prefill_ms)
+        captured = self.steps.captured
+        self.policy.begin(longest, request.picker.do_sample, prefill_ms, captured)
         request.picker.steps = self.steps
         sequences = self._sequences()
         for source in self.sources:
@@ -253,7 +263,7 @@ class Engine:
         recorded = target.recording_ms + others_ms
         compiled = target.compile_ms + steps.first_ms + sum(source.compile_ms for source in asked)
         outcome = Outcome(
-            tree=tree,
+            tree=self._for_policy(tree),
             paths=[verdict.path for verdict in verdicts],
             match_lengths=match_lengths,
             draft_levels=levels if tree.draft_rows is not None else 0,
@@ -267,11 +277,12 @@ class Engine:
             verify_extra_ms=target.unrecorded_ms,
             settled=target.settled,
             draft_settled=all(source.settled for source in asked),
+            overhead_settled=others_ms == 0.0,
             recording_ms=drafts_recorded + recorded - compiled,
             warming=request.warming,
         )
         self.policy.observe(outcome)
-        self._count(outcome)
+        self._count(outcome, sum(verdict.num_nodes for verdict in verdicts))
         self.stats.draft_ms += draft_ms
         self.stats.verify_ms += verify_ms
         self.stats.commit_ms += total_ms - draft_ms - verify_ms
@@ -294,15 +305,21 @@ class Engine:
         growth = self.steps.make(Growth, roots, picker.implementation)
         match_lengths = self._add_lookups(growth, sequences, length)
         levels = 0
+        scores = None
         if self.drafts and self.policy.wants_draft(growth.lookup_scores()):
-            if (ranking := self._ranking_ahead(picker)) is not None:
-                tree = self._grow_ahead(growth, sequences, picker, ranking)
-                return tree, match_lengths, depth
-            levels = self._grow_levels(growth, sequences, picker, depth)
+            if (plan := self._plan(picker)) is not None:
+                levels = len(plan.children)
+                tree, scores = self._grow_ahead(growth, sequences, picker, plan)
+                if tree is not None:
+                    return tree, match_lengths, levels
+            else:
+                levels = self._grow_levels(growth, sequences, picker, depth)
         if growth.count == 1:
             return self._bare(roots), match_lengths, 0
+        if scores is None:
+            scores = growth.all_scores()
         # drawn siblings are all verified: leaving some out by what they are would bias the rest
-        count = growth.count if picker.rejects else self.policy.nodes_to_verify(growth.all_scores())
+        count = growth.count if picker.rejects else self.policy.nodes_to_verify(scores)
         sizes = self.policy.node_sizes
         if self.steps.captured:
             # as many as the width has places for, which would be padding
@@ -318,6 +335,19 @@ class Engine:
         if batch not in self._bare_trees:
             self._bare_trees[batch] = root_only(roots)
         return replace(self._bare_trees[batch], tokens=roots.view(batch, 1))
+
+    def _for_policy(self, tree: Tree) -> Tree:
+        """The tree as its policy reads it: where that would wait for one tensor after the other, on
+        the host."""
+        if not (self.steps.captured and self.policy.reads_trees):
+            return tree
+        if tree.draft_rows is None and tree.lookup is None:
+            batch = len(tree.tokens)
+            if batch not in self._bare_on_host:
+                self._bare_on_host[batch] = root_only(torch.zeros(batch, dtype=torch.long))
+            return self._bare_on_host[batch]
+        read = (tree.num_nodes, tree.parents, tree.scores, tree.draft_rows, tree.lookup)
+        return with_read(tree, self.steps(packed, *read))
 
     def _add_lookups(
         self, growth: Growth, sequences: Sequences, length: int
@@ -335,30 +365,44 @@ class Engine:
             self.steps.on(growth, Growth.add_lookups, continuations, weights)
         return match_lengths
 
-    def _ranking_ahead(self, picker: TokenPicker) -> Ranking | None:
-        """How the draft's tokens are ranked, if all levels can be grown without a look at them;
-        else None."""
-        source = self.drafts[0]
-        ahead = self.steps.captured and self.policy.looks_at_nothing and not picker.rejects
-        if not ahead or not isinstance(source, ModelSource) or not source.can_be_captured:
+    def _plan(self, picker: TokenPicker) -> _LevelPlan | None:
+        """The levels of this round, if they can be grown without a look at them; else None."""
+        source, policy = self.drafts[0], self.policy
+        if not self.steps.captured or picker.rejects:
             return None
-        return picker.ranking(self.policy.sharpness(picker), self._breadth)
+        if not isinstance(source, ModelSource) or not source.can_be_captured:
+            return None
+        levels, ranking = policy.levels_ahead(), picker.ranking(self._breadth)
+        if levels is None or ranking is None:
+            return None
+        return _LevelPlan(
+            tuple(policy.children(level) for level in range(levels)),
+            tuple(policy.frontier(level) for level in range(1, levels)),
+            ranking,
+            round_up_nodes(policy.max_nodes, policy.node_sizes) if policy.looks_at_nothing else 0,
+        )
 
     def _grow_ahead(
-        self, growth: Growth, sequences: Sequences, picker: TokenPicker, ranking: Ranking
-    ) -> Tree:
-        """All levels, the draft's forwards among them, and the selection as one step."""
-        source, policy = self.drafts[0], self.policy
+        self, growth: Growth, sequences: Sequences, picker: TokenPicker, plan: _LevelPlan
+    ) -> tuple[Tree | None, torch.Tensor | None]:
+        """All levels, the draft's forwards among them, as one step; the tree where its nodes are
+        selected too, else the scores `[B, C]` of all candidates."""
+        source = self.drafts[0]
         assert isinstance(source, ModelSource)
         source.start_round()
         grown = source.model.grown
         grown.beside(self.steps)
         entered = source.catch_up(sequences)
-        keys = picker.noise_keys(sequences.tokens.device)
-        tree, self._placed = grown.on(
-            growth, _grow_levels_ahead, *entered, *keys, source, policy, ranking
-        )
-        return tree
+        keys = picker.keys_of_rank(self.policy.sharpness(picker), sequences.tokens.device)
+        found = grown.on(growth, _grow_levels_ahead, *entered, *keys, source, plan)
+        if plan.num_nodes:
+            tree, self._placed = found
+            return tree, None
+        # the one look: at how far the levels reach, and at what they found
+        told = found.cpu()
+        reached, scores = told.split([len(plan.frontiers), growth.count], dim=1)
+        self.policy.levels_grown(reached.tolist())
+        return None, scores
 
     def _grow_levels(
         self, growth: Growth, sequences: Sequences, picker: TokenPicker, depth: int
@@ -476,13 +520,30 @@ class Engine:
         places_there, tokens_there = on_device([places, tokens], self._tokens.device)
         self._tokens.scatter_(1, places_there, tokens_there)
 
-    def _count(self, outcome: Outcome) -> None:
+    def _count(self, outcome: Outcome, nodes: int) -> None:
         stats = self.stats
         stats.rounds += 1
         stats.new_tokens += outcome.new_tokens
         stats.draft_forwards += outcome.draft_levels
-        stats.drafted_nodes += int(outcome.tree.num_nodes.sum()) - len(outcome.paths)
+        stats.drafted_nodes += nodes - len(outcome.paths)
         stats.accept_lengths.update(len(path) - 1 for path in outcome.paths)
+
+
+@dataclass(frozen=True)
+class _LevelPlan:
+    """Levels that are grown without a look at them.
+
+    Attributes:
+        children: most children of a node, of every level.
+        frontiers: most nodes to expand and the least score, of every further level.
+        ranking: of the children.
+        num_nodes: to be selected, the root among them; 0 where the scores are looked at first.
+    """
+
+    children: tuple[int, ...]
+    frontiers: tuple[tuple[int, float], ...]
+    ranking: Ranking
+    num_nodes: int
 
 
 # Of tensors and constants alone, so that graphs can be captured of them.
@@ -492,24 +553,29 @@ def _grow_levels_ahead(
     lens: torch.Tensor,
     prefix_lens: torch.Tensor,
     width: int,
+    sharpness: torch.Tensor,
     seed: torch.Tensor | None,
     rows: torch.Tensor | None,
     source: ModelSource,
-    policy: Policy,
-    ranking: Ranking,
-) -> tuple[Tree, tuple[torch.Tensor, torch.Tensor]]:
-    """The tree of a policy that looks at nothing, and where it is placed."""
+    plan: _LevelPlan,
+) -> torch.Tensor | tuple[Tree, tuple[torch.Tensor, torch.Tensor]]:
+    """The tree and where it is placed; where no nodes are selected yet, of every row how likely
+    each further level was reached, and the scores of all candidates, one after the other."""
     logits, root_row, chain, offset = source.enter(tokens, lens, prefix_lens, width)
-    growth.begin_levels(offset + policy.max_rows, root_row, chain)
-    for level in range(policy.max_depth):
-        rank_by_kernel(growth, logits, lens, seed, rows, level, policy.children(level), ranking)
-        if level + 1 < policy.max_depth:
-            growth.choose_frontier(level + 1, *policy.frontier(level + 1))
+    growth.begin_levels(offset + sum(width for width, _ in plan.frontiers), root_row, chain)
+    reached = []
+    for level, count in enumerate(plan.children):
+        keys = (lens, sharpness, seed, rows)
+        rank_by_kernel(growth, logits, *keys, level, count, plan.ranking)
+        if level < len(plan.frontiers):
+            scores = growth.choose_frontier(level + 1, *plan.frontiers[level])
+            reached.append(scores.exp().sum(1, keepdim=True).clamp_max(1.0))
             nodes, visible = growth.enter_rows(offset)
             logits = source.level_logits(nodes, level + 1, visible, offset)
             offset += nodes.shape[1]
-    count = round_up_nodes(policy.max_nodes, policy.node_sizes)
-    tree = growth.select(count, max(policy.max_depth, _DEEP), (count,))
+    if not plan.num_nodes:
+        return torch.cat([*reached, growth.all_scores()], dim=1)
+    tree = growth.select(plan.num_nodes, max(len(plan.children), _DEEP), (plan.num_nodes,))
     return tree, _placed(lens, tree.depths)
 
 

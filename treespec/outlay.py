@@ -45,6 +45,11 @@ class Outlay:
         self._begun.add(outcome.num_nodes)
         self.draft_begun |= outcome.draft_levels > 0
 
+    def prepared(self, sizes: tuple[int, ...]) -> None:
+        """Forwards of these widths, and the draft's, were made when that was asked for."""
+        self._begun.update(sizes)
+        self.draft_begun = True
+
     def allows(self, ahead_ms: float) -> bool:
         """Whether one more recording may be made.
 

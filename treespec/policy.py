@@ -55,8 +55,9 @@ class Outcome:
 
     `draft_extra_ms` and `verify_extra_ms` are what forwards of the draft and the target took longer
     because they are not recorded, and part of the times above. `draft_settled` and `settled` are
-    False where that is not known, and where the draft took in a prompt. `recording_ms` is what
-    recording took; while `warming` up it was asked for.
+    False where that is not known, and where the draft took in a prompt; `overhead_settled` is where
+    what is between the forwards was called or captured, which a GPU still busy may have hidden.
+    `recording_ms` is what recording took; while `warming` up it was asked for.
     """
 
     tree: Tree
@@ -73,6 +74,7 @@ class Outcome:
     verify_extra_ms: float = 0.0
     settled: bool = True
     draft_settled: bool = True
+    overhead_settled: bool = True
     recording_ms: float = 0.0
     warming: bool = False
 
@@ -97,20 +99,25 @@ class Policy:
     lookup_length = 0
     # forwards of this round's drafts may be recorded at once, however seldom they were made
     may_record = False
-    # every level is grown, and as many nodes verified, whatever the draft says
+    # `observe` reads the trees
+    reads_trees = False
+    # as many nodes are verified whatever the draft says
     looks_at_nothing = False
 
     def lookup_chances(self, match_lengths: list[int], length: int) -> np.ndarray:
         """Per row the chances, `[B, length]`, that a continuation's tokens so far are right."""
         return running_chances(LOOKUP_PRIOR, match_lengths, length)
 
-    def begin(self, longest: int, sampled: bool, prefill_ms: float = 0.0) -> None:
+    def begin(
+        self, longest: int, sampled: bool, prefill_ms: float = 0.0, captured: bool = False
+    ) -> None:
         """A new batch of texts begins.
 
         Args:
             longest: tokens of the longest prompt.
             sampled: new tokens are sampled.
             prefill_ms: what it took the target to take in the prompts.
+            captured: rounds are captured as graphs, of which every shape takes its own.
         """
 
     def begin_round(self, left: list[int]) -> bool:
@@ -148,6 +155,19 @@ class Policy:
         is."""
         raise NotImplementedError
 
+    def levels_ahead(self) -> int | None:
+        """How many levels are grown without a look at them, on devices that would wait for it; None
+        where each tells whether the next one pays."""
+        return self.max_depth if self.looks_at_nothing else None
+
+    def levels_grown(self, reached: list[list[float]]) -> None:
+        """Levels were grown without a look at them.
+
+        Args:
+            reached: of every row the probabilities, at most 1, that the text goes on through the
+                nodes expanded on each further level.
+        """
+
     def worth_expanding(self, scores: torch.Tensor) -> bool:
         """Whether a level pays, given its frontier's cumulative log-probabilities `[B, F]`."""
         return bool((scores > _LOWEST).any())
@@ -164,6 +184,9 @@ class Policy:
 
     def observe(self, outcome: Outcome) -> None:
         """Learns from a finished round."""
+
+    def prepared(self) -> None:
+        """All that may be drafted was made before, because that was asked for."""
 
     def describe(self) -> str:
         return "plain decoding: one token a round"

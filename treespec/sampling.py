@@ -13,6 +13,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import LogitsProcessor, LogitsProcessorList
@@ -21,7 +22,7 @@ from transformers.generation import SuppressTokensLogitsProcessor, TopPLogitsWar
 from treespec.kernels import ops
 from treespec.kernels.warpers import Warpers, warped_scores
 from treespec.steps import Steps
-from treespec.transfer import on_device
+from treespec.transfer import floats_on_device, on_device
 from treespec.tree import Growth, Tree
 
 # Log-probabilities `[B, F, K]` of children to how many of them each node has.
@@ -175,6 +176,7 @@ class TokenPicker:
         self.steps = Steps()
         self.lens: torch.Tensor | None = None
         self._keys_on_device: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._sharpness: tuple[float, torch.Tensor] | None = None
         self._processors = [
             LogitsProcessorList(processor_of_row(p, row) for p in processors) for row in row_ids
         ]
@@ -266,12 +268,12 @@ class TokenPicker:
         )
 
     def told(self, logits: torch.Tensor, tree: Tree, lens: list[int]) -> torch.Tensor:
-        """int64 `[B, 2 + 2N]` or more: the verdict of `verify` (accept length, bonus token, path),
-        the tokens that the path carries, with a draft its rows of the path's nodes, and of more
-        nodes than the root whether some node's logits are NaN."""
+        """int64 `[B, 3 + 2N]` or more: of the verdict of `verify` accept length and bonus token, the
+        number of nodes, the path, the tokens that the path carries, with a draft its rows of the
+        path's nodes, and of more nodes than the root whether some node's logits are NaN."""
         if not self.steps.captured or self.rejects:
             verdict = self.verify(logits, tree, lens)
-            return _told(verdict, logits, tree.tokens, tree.draft_rows)
+            return _told(verdict, logits, tree.tokens, tree.num_nodes, tree.draft_rows)
         trees = (logits, tree.tokens, tree.parents, tree.num_nodes, tree.draft_rows)
         if self.noise is None:
             return self.steps(_told_greedy, *trees)
@@ -350,20 +352,22 @@ class TokenPicker:
             **known,
         )
 
-    def ranking(self, sharpness: float, breadth: Breadth | None) -> Ranking | None:
+    def ranking(self, breadth: Breadth | None) -> Ranking | None:
         """How a draft's tokens are ranked, in constants; None where its processors hold more."""
         if self._draft_processors:
             return None
-        # a graph for every sharpness would be too many
-        sharpness = max(round(4 * sharpness), 1) / 4
-        return Ranking(sharpness, breadth, self.vocab_size, tuple(self._draft_warpers.items()))
+        return Ranking(breadth, self.vocab_size, tuple(self._draft_warpers.items()))
 
-    def noise_keys(self, device: torch.device) -> tuple:
-        """int64 `[B]` seeds and rows of the noise that a draft knows, on the device; twice None
-        where it knows none."""
+    def keys_of_rank(self, sharpness: float, device: torch.device) -> tuple:
+        """What else ranks them, on the device: float32 `[B]` factors on their scores, and int64
+        `[B]` seeds and rows of the noise that a draft knows, twice None where it knows none."""
+        if self._sharpness is None or self._sharpness[0] != sharpness:
+            factors = np.full(len(self._processors), sharpness)
+            self._sharpness = sharpness, floats_on_device(factors, device)
+        factors = self._sharpness[1]
         if not self.knows_pick:
-            return None, None
-        return tuple(self._keys(device).values())
+            return factors, None, None
+        return factors, *self._keys(device).values()
 
     def rank(
         self,
@@ -386,9 +390,9 @@ class TokenPicker:
             sharpness: factor on the scores.
             breadth: tells the children of every node, as `Policy.breadth` does; None for K.
         """
-        ranking = self.ranking(sharpness, breadth) if self.steps.captured else None
+        ranking = self.ranking(breadth) if self.steps.captured else None
         if ranking is not None:
-            keys = self.noise_keys(logits.device)
+            keys = self.keys_of_rank(sharpness, logits.device)
             self.steps.on(growth, rank_by_kernel, logits, self.lens, *keys, level, count, ranking)
             return
         places = [length + level for length in positions]
@@ -458,7 +462,7 @@ class TokenPicker:
         return {"seed": seed, "rows": rows}
 
     def drop_row(self, row: int) -> None:
-        self._keys_on_device = None
+        self._keys_on_device = self._sharpness = None
         self._processors[row] = self._processors[-1]
         self._processors.pop()
         if self.noise is not None:
@@ -467,10 +471,8 @@ class TokenPicker:
 
 @dataclass(frozen=True)
 class Ranking:
-    """How a draft's tokens are ranked: factor on its scores, children of a node, tokens that count,
-    and warpers."""
+    """How a draft's tokens are ranked: children of a node, tokens that count, and warpers."""
 
-    sharpness: float
     breadth: Breadth | None
     vocab_size: int
     warpers: tuple[tuple[str, float], ...]
@@ -493,6 +495,7 @@ def rank_by_kernel(
     growth: Growth,
     logits: torch.Tensor,
     lens: torch.Tensor,
+    sharpness: torch.Tensor,
     seed: torch.Tensor | None,
     rows: torch.Tensor | None,
     level: int,
@@ -509,7 +512,7 @@ def rank_by_kernel(
         logits,
         parents,
         count,
-        sharpness=ranking.sharpness,
+        sharpness=sharpness,
         implementation="triton",
         **dict(ranking.warpers),
         **known,
@@ -521,10 +524,11 @@ def _told(
     verdict: ops.Verdict,
     logits: torch.Tensor,
     tokens: torch.Tensor,
+    num_nodes: torch.Tensor,
     draft_rows: torch.Tensor | None,
 ) -> torch.Tensor:
     path = verdict.path.clamp_min(0)
-    heads = torch.stack([verdict.accept_length, verdict.bonus_token], dim=1)
+    heads = torch.stack([verdict.accept_length, verdict.bonus_token, num_nodes], dim=1)
     told = [heads, verdict.path, tokens.gather(1, path)]
     if draft_rows is not None:
         told.append(draft_rows.gather(1, path))
@@ -535,7 +539,7 @@ def _told(
 
 def _told_greedy(logits, tokens, parents, num_nodes, draft_rows) -> torch.Tensor:
     verdict = ops.verify_greedy(logits, tokens, parents, num_nodes, implementation="triton")
-    return _told(verdict, logits, tokens, draft_rows)
+    return _told(verdict, logits, tokens, num_nodes, draft_rows)
 
 
 def _told_sampled(
@@ -552,4 +556,4 @@ def _told_sampled(
         implementation="triton",
         **dict(warpers),
     )
-    return _told(verdict, logits, tokens, draft_rows)
+    return _told(verdict, logits, tokens, num_nodes, draft_rows)

@@ -18,10 +18,12 @@ from transformers.generation import (
 )
 
 from treespec import checks
+from treespec.auto import AutoPolicy
 from treespec.engine import Engine, Request
 from treespec.many import generate_many
 from treespec.model import TreeModel
 from treespec.policy import Policy, make_policy
+from treespec.rehearsal import Rehearsal
 from treespec.sampling import REJECTION_RULES, RULES, TokenPicker
 from treespec.shapes import Shape, resolve_shape
 from treespec.sources import DraftSource, NgramSource, OneShotSource
@@ -430,13 +432,17 @@ class TreeSpeculator:
             model.keep_prefix(ids)
         return ids.shape[1]
 
-    def warmup(self, batch_sizes: list[int] | int = 1, max_length: int = 512) -> None:
+    def warmup(
+        self, batch_sizes: list[int] | int = 1, max_length: int = 512, **options: Any
+    ) -> None:
         """Allocates buffers and records the usual forwards, so that the first real call is not the
         slow one.
 
         Args:
             batch_sizes: rows of the calls to come.
             max_length: tokens of their longest sequence, prompt and new ones together.
+            **options: how they pick tokens, as `generate` takes it: `do_sample`, `temperature` and
+                so on. It matters on a GPU, where verdicts are captured too; greedy when left out.
         """
         sizes = [batch_sizes] if isinstance(batch_sizes, int) else list(batch_sizes)
         if not sizes or any(isinstance(b, bool) or not isinstance(b, int) or b < 1 for b in sizes):
@@ -444,24 +450,42 @@ class TreeSpeculator:
         if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 16:
             raise ValueError(f"max_length must be an integer of at least 16; got {max_length!r}")
         new_tokens = min(64, max_length // 2)
+        options = {"do_sample": False} | options | {"max_new_tokens": new_tokens}
         # a repeating prompt makes lookups and wide trees occur
         pattern = torch.arange(max_length - new_tokens) % 7 % self._target.vocab_size
         for batch in sizes:
             ids = pattern.repeat(batch, 1)
-            request, _ = self._prepare(
-                ids,
-                torch.ones_like(ids),  # the pattern may hold the padding token
-                None,
-                None,
-                {"max_new_tokens": new_tokens, "do_sample": False},
-            )
-            request.eos_ids, request.warming = frozenset(), True
-            for _ in self._engine.run(request):
-                pass
-            if self.shape is None and self._engine.sources:
+            self._run_warm(ids, options)
+            if not isinstance(self._policy, AutoPolicy):
+                continue
+            if self._engine.steps.captured:
+                self._rehearse(ids, options)
+            else:
                 from treespec import tuner
 
                 tuner.record(self, batch)
+
+    def _run_warm(self, ids: torch.Tensor, options: dict[str, Any]) -> None:
+        """Writes a text to its end, whatever it says, recording what it makes for the first
+        time."""
+        # the pattern may hold the padding token
+        mask, seed = torch.ones_like(ids), 0 if options["do_sample"] else None
+        request, _ = self._prepare(ids, mask, seed, None, dict(options))
+        request.eos_ids, request.stop, request.warming = frozenset(), None, True
+        for _ in self._engine.run(request):
+            pass
+
+    def _rehearse(self, ids: torch.Tensor, options: dict[str, Any]) -> None:
+        """Makes rounds of every shape that "auto" may choose, until they are captured."""
+        rehearsal = Rehearsal(self._model is not None, bool(self._engine.lookups))
+        self._engine.policy = rehearsal
+        try:
+            while rehearsal.left:
+                self._run_warm(ids, options)
+        finally:
+            self._engine.policy = self._policy
+        if len(ids) == 1:
+            self._policy.prepared()
 
     def profile(self, input_ids: torch.Tensor, max_new_tokens: int = 64) -> ProfileReport:
         """Measures where the time of a round goes on this machine, for this prompt.

@@ -8,7 +8,7 @@ step loops over nodes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +70,35 @@ def root_only(root_tokens: torch.Tensor) -> Tree:
         visible=torch.ones(batch, 1, 1, dtype=torch.bool, device=device),
         num_nodes=torch.ones(batch, dtype=torch.long, device=device),
         scores=torch.zeros(batch, 1, device=device),
+    )
+
+
+def packed(
+    num_nodes: torch.Tensor,
+    parents: torch.Tensor,
+    scores: torch.Tensor,
+    draft_rows: torch.Tensor | None,
+    lookup: torch.Tensor | None,
+) -> torch.Tensor:
+    """float64 `[B, 1 + 2N]` to `[B, 1 + 4N]`: what is told of trees, for `with_read`; all of it is
+    exact in float64."""
+    told = [num_nodes.unsqueeze(1), parents, scores, draft_rows, lookup]
+    return torch.cat([part.double() for part in told if part is not None], dim=1)
+
+
+def with_read(tree: Tree, told: torch.Tensor) -> Tree:
+    """The trees with what `packed` told of them on the host, by one read."""
+    size = tree.tokens.shape[1]
+    sizes = [1, *[size] * ((told.shape[1] - 1) // size)]
+    num_nodes, *parts = told.cpu().split(sizes, dim=1)
+    parents, scores, *rest = parts
+    return replace(
+        tree,
+        num_nodes=num_nodes.long().squeeze(1),
+        parents=parents.long(),
+        scores=scores.float(),
+        draft_rows=None if tree.draft_rows is None else rest[0].long(),
+        lookup=None if tree.lookup is None else rest[-1].bool(),
     )
 
 

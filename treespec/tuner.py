@@ -313,6 +313,9 @@ class _ProbePolicy(Policy):
     def frontier(self, depth):
         return self._shape.width, float("-inf")
 
+    def levels_ahead(self):
+        return self._shape.levels
+
     def worth_expanding(self, scores):
         # called once a level after the first
         self._more -= 1

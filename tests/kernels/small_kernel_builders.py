@@ -291,6 +291,7 @@ def children(capability, drafting="top", filters=False, dtype="bf16", vocab_size
         "logits_ptr": dtype,
         "cum_ptr": "fp32",
         "temperature_ptr": "fp32",
+        "sharpness_ptr": "fp32",
         "threshold_ptr": "fp32" if filters else None,
         **(dict.fromkeys(noise) if drafting == "top" else noise),
         "roots_ptr": "i64" if drafting == "sampled" else None,
@@ -299,7 +300,7 @@ def children(capability, drafting="top", filters=False, dtype="bf16", vocab_size
         "mass_ptr": "fp32",
     }
     counts = ("frontier", "vocab_size", "num_children", "stride_lb", "stride_lf")
-    scalars = {**dict.fromkeys(counts, "i32"), "sharpness": "fp32", "min_logprob": "fp32"}
+    scalars = {**dict.fromkeys(counts, "i32"), "min_logprob": "fp32"}
     constants = {
         "COUPLED": drafting == "coupled",
         "SAMPLED": drafting == "sampled",
@@ -322,6 +323,7 @@ def children_join(capability, sampled=False, parts=38, kids=8, dtype="bf16"):
         "cum_ptr": "fp32",
         "breadth_ptr": "i64" if sampled else None,
         "temperature_ptr": "fp32",
+        "sharpness_ptr": "fp32",
         "ranks_ptr": "i64",
         "peak_ptr": "fp32",
         "mass_ptr": "fp32",
@@ -329,7 +331,7 @@ def children_join(capability, sampled=False, parts=38, kids=8, dtype="bf16"):
         "logprobs_ptr": "fp32",
     }
     counts = ("frontier", "num_parts", "num_children", "stride_lb", "stride_lf")
-    scalars = {**dict.fromkeys(counts, "i32"), "sharpness": "fp32", "min_logprob": "fp32"}
+    scalars = {**dict.fromkeys(counts, "i32"), "min_logprob": "fp32"}
     block_r = next_power_of_two(parts * kids)
     constants = {
         "SAMPLED": sampled,

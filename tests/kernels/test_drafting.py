@@ -109,7 +109,8 @@ def frontiers(draw, filters: bool):
     dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
     options = noise_keys(batch, frontier, draw(st.integers(0, 2**63 - 1)))
     options["drafting"] = draw(st.sampled_from(DRAFTINGS))
-    options["sharpness"] = draw(st.sampled_from([1.0, 1.5]))
+    by_row = torch.tensor([0.5, 1.0, 1.5])[:batch]
+    options["sharpness"] = draw(st.sampled_from([1.0, 1.5, by_row]))
     options["min_logprob"] = draw(st.sampled_from([-INF, -1.0]))
     breadth = [[draw(st.integers(0, 5)) for _ in range(frontier)] for _ in range(batch)]
     options["breadth"] = draw(st.sampled_from([None, torch.tensor(breadth)]))
@@ -315,6 +316,7 @@ class TestLossless:
     ({"num_children": 65}, r"num_children must be an int in 1\.\.64; got 65"),
     ({"drafting": "best"}, "drafting must be one of top, coupled, sampled; got 'best'"),
     ({"sharpness": 0.0}, "sharpness must be positive and finite; got 0.0"),
+    ({"sharpness": torch.ones(3)}, r"sharpness must be .* \[B\] = \[1\]"),
     ({"min_logprob": NAN}, "min_logprob must be a number; got nan"),
     ({"breadth": torch.zeros(1, 2)}, "breadth must be int32 or int64"),
     ({"temperature": 0.0}, "temperature must be positive; got 0.0"),

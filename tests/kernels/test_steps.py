@@ -9,11 +9,20 @@ import pytest
 import torch
 from test_captured_forwards import small_model
 
-from treespec import BestFirstTree, Chain, FixedTree, TreeSpeculator, graphs, steps
+from treespec import (
+    BestFirstTree,
+    Chain,
+    FixedTree,
+    TreeSpeculator,
+    auto,
+    graphs,
+    rehearsal,
+    steps,
+)
 
 pytestmark = pytest.mark.usefixtures("made")
 
-CALLS = steps._CALLS_BEFORE + 4
+CALLS = steps.CALLS_BEFORE + 4
 
 
 class Pile:
@@ -161,6 +170,13 @@ def same(found, expected) -> None:
 
 GREEDY = {}
 SAMPLED = {"seed": 3, "temperature": 0.8, "top_k": 0}
+@torch.inference_mode()
+@pytest.mark.parametrize("size", [1, 3, 39 * 39, 513])
+def test_agreement_of_the_same_is_complete(size, device):
+    values = torch.arange(size, device=device)
+    assert steps._agreement((values, values > 3), (values.clone(), values > 3)) == 1.0
+
+
 CASES = [
     (BestFirstTree(6, 2, 2), [GREEDY, SAMPLED]),
     (FixedTree(2, 2, 0.02, 8), [GREEDY]),
@@ -195,8 +211,66 @@ def test_rounds_grow_the_trees_of_called_steps(shape, ways, device):
             same(now, then)
             written += len(then[1][0])
             compared += 1
-        assert compared >= steps._CALLS_BEFORE + 2
+        assert compared >= steps.CALLS_BEFORE + 2
     rest, grown = captured._target.steps, captured._model.grown
     assert not rest.refusals and not grown.refusals
     # a pruned level is looked at before the next, all others are one step
     assert rest.num_replayed > 3 and (grown.num_replayed > 0) is captured._policy.looks_at_nothing
+
+
+def few_scenes(monkeypatch) -> None:
+    """The interpreter takes its time for every shape."""
+    for name, values in (("LEVELS_AHEAD", (1, 2)), ("FEW_NODE_SIZES", (1, 8))):
+        for module in (auto, rehearsal):
+            monkeypatch.setattr(module, name, values)
+    for module in (auto, rehearsal):
+        monkeypatch.setattr(module, "LOOKUP_LENGTHS", (5,))
+    monkeypatch.setattr(rehearsal.Rehearsal, "node_sizes", (1, 8))
+    monkeypatch.setattr(rehearsal.Rehearsal, "max_depth", 2)
+
+
+def chooses(monkeypatch, policy, levels: int, lookup: bool) -> None:
+    """Lets auto draw one shape."""
+    monkeypatch.setattr(policy, "begin_round", lambda left: True)
+    monkeypatch.setattr(policy, "wants_lookup", lambda: lookup)
+    monkeypatch.setattr(policy, "wants_matches", lambda match_lengths: True)
+    monkeypatch.setattr(policy, "wants_draft", lambda scores: levels > 0)
+    monkeypatch.setattr(policy, "levels_ahead", lambda: levels)
+    monkeypatch.setattr(policy, "nodes_to_verify", lambda scores: 8)
+    policy.node_sizes = auto.FEW_NODE_SIZES
+
+
+@pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_auto_after_a_warm_up_captures_nothing_more(options, device, monkeypatch):
+    """Levels planned ahead, with and without lookups; the text is plain decoding's."""
+    few_scenes(monkeypatch)
+    target = small_model("llama", device)
+    draft = copy.deepcopy(target)
+    with torch.no_grad():
+        draft.lm_head.weight += 0.4 * torch.randn(draft.lm_head.weight.shape).to(device)
+    spec = TreeSpeculator(target, draft, attention="triton", cuda_graphs=True)
+    plain = TreeSpeculator(target, None, attention="triton", cuda_graphs=False)
+    picks = {"do_sample": bool(options), **options}
+    spec.warmup(max_length=48, **{name: picks[name] for name in picks if name != "seed"})
+    engine, grown = spec._engine, spec._model.grown
+    assert engine.policy is spec._policy and not engine.steps.refusals and not grown.refusals
+    assert grown.num_replayed == 4
+    ids = torch.randint(2, 128, (1, 7), generator=torch.Generator().manual_seed(1)).to(device)
+    ids = torch.cat([ids, ids], dim=1)
+    written = {**picks, "max_new_tokens": 12, "pad_token_id": 0}
+    expected = plain.generate(ids, **written)
+    for levels, lookup in ((0, True), (1, False), (1, True), (2, False), (2, True)):
+        seen, observe = [], spec._policy.observe
+        with monkeypatch.context() as patch:
+            chooses(patch, spec._policy, levels, lookup)
+            patch.setattr(spec._policy, "observe", lambda x: (seen.append(x), observe(x)))
+            assert torch.equal(spec.generate(ids, **written), expected)
+        assert {outcome.draft_levels for outcome in seen} <= {0, levels}
+        wide = [outcome for outcome in seen if outcome.num_nodes == 8]
+        assert len(wide) >= 2 and all(outcome.tree.parents.is_cpu for outcome in wide)
+        late = [outcome for outcome in wide[1:] if outcome.recording_ms]
+        # the text's first round lets the draft take in the prompt
+        assert not late, [outcome.recording_ms for outcome in late]
+        if levels == 2:
+            assert len(spec._policy.promises.levels) <= 1
+    assert grown.num_replayed == 4 and not grown.refusals and not engine.steps.refusals

@@ -342,7 +342,9 @@ def stepwise(spec: TreeSpeculator) -> Stepwise:
         return Continuation(ids[:, task.input_ids.shape[1] :].cpu(), rounds, stats_of(spec.stats))
 
     def record(task: Task) -> None:
-        spec.warmup(task.batch, task.input_ids.shape[1] + task.new_tokens)
+        options = task.generate_options()
+        del options["attention_mask"], options["max_new_tokens"]
+        spec.warmup(task.batch, task.input_ids.shape[1] + task.new_tokens, **options)
 
     return Stepwise(steps, record)
 

@@ -238,14 +238,20 @@ class Comparison:
         return [method for method in group.methods if method.name + group.label not in not_run]
 
     def _record(self, group: Group) -> None:
-        longest = max(group.tasks, key=lambda task: task.input_ids.shape[1] + task.new_tokens)
+        longest: dict[float, Task] = {}
+        for task in sorted(group.tasks, key=lambda task: task.input_ids.shape[1] + task.new_tokens):
+            longest[task.temperature] = task
         for method in self._left(group):
-            try:
-                if method.ours and isinstance(method.run, Stepwise):
-                    method.run.record(longest)
-                    self.on_step(f"{method.name}, recorded ahead")
-            except Exception as error:
-                self._leave_out(group, method, longest, error)
+            if not (method.ours and isinstance(method.run, Stepwise)):
+                continue
+            for task in longest.values():
+                try:
+                    method.run.record(task)
+                except Exception as error:
+                    self._leave_out(group, method, task, error)
+                    break
+            else:
+                self.on_step(f"{method.name}, recorded ahead")
 
     def _warm_up(self, group: Group) -> None:
         for task in (group.tasks * self.warm_ups)[: self.warm_ups]:

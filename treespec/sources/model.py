@@ -11,6 +11,7 @@ from treespec.transfer import on_device
 
 # Catch-ups longer than this go through the prefill, so that few shapes need recording.
 _LONGEST_CATCH_UP = 32
+_USUAL_CATCH_UP = 8
 
 
 class ModelSource(StepwiseSource):
@@ -80,7 +81,7 @@ class ModelSource(StepwiseSource):
         width = _bucket(max(self._behind))
         if self._steps.captured:
             # a few nodes more cost a GPU nothing, and a graph of their own would
-            width = max(width, 8)
+            width = _USUAL_CATCH_UP if width <= _USUAL_CATCH_UP else _LONGEST_CATCH_UP
         prefix = on_device(prefix_lens, sequences.tokens.device)
         return sequences.tokens, sequences.lens_on_device, prefix, width
 
