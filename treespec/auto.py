@@ -568,9 +568,7 @@ class AutoPolicy(Policy):
             return
         lookup = now.miss if outcome.tree.lookup is None else now.lookup
         spent = outcome.draft_ms - outcome.draft_extra_ms
-        spent -= (lookup.value or 0.0) if looked else 0.0
-        spent = max(spent, 0.1 * outcome.draft_ms)
-        now.add_levels(levels, spent, outcome.draft_settled)
+        now.add_levels(levels, spent, outcome.draft_settled, lookup if looked else None)
 
     def _learn_draft_gain(self, outcome: Outcome, usual: float | None) -> None:
         """Rounds of plain decoding that the draft saved, beyond those that lookups would have saved

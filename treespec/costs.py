@@ -132,8 +132,9 @@ class VerifyCosts:
         self._fresh: set[int] = set()
         # of forwards that were not recorded yet, used until there is better
         self._early: dict[int, float] = {}
-        # through what was known at the last measurement
+        # through what was known at the last measurement, and what was read off it
         self._curve: CostCurve | None = None
+        self._read: dict[int, float] = {}
 
     def begin(self) -> None:
         """A new text begins, for which times measured seldom, or long ago, are doubted."""
@@ -176,6 +177,8 @@ class VerifyCosts:
         """Measured, or on a line between what was measured; None before any measurement."""
         if num_nodes == 1 and 1 in self.times:
             return self.pace * self.times[1]
+        if self._curve is not None and num_nodes in self._read:
+            return self._read[num_nodes]
         known = self.times or self._early
         if not known:
             return None
@@ -189,7 +192,9 @@ class VerifyCosts:
         if self._curve is None:
             rising = never_falling(self.times, self._counts) if self.times else known
             self._curve = CostCurve(rising)
-        return self.pace * factor * self._curve.at(num_nodes)
+            self._read.clear()
+        found = self._read[num_nodes] = self.pace * factor * self._curve.at(num_nodes)
+        return found
 
     def _prior(self, num_nodes: int) -> float:
         return 1.0 + _NODE_SHARE * (self._rows * num_nodes - 1)
@@ -269,12 +274,17 @@ class MeasuredCosts:
         plain = 1.0 / self.plain_ms if self.plain_ms else 0.0
         return max(running, plain) or None
 
-    def add_levels(self, levels: int, milliseconds: float, settled: bool) -> None:
-        """Takes in what so many draft levels took together.
+    def add_levels(
+        self, levels: int, milliseconds: float, settled: bool, beside: RunningTime | None = None
+    ) -> None:
+        """Takes in what so many draft levels took together, and perhaps something beside them, of a
+        cost of its own.
 
         Rounds of different depth tell the first level from further ones, so once both are known
         every round corrects them by their part in it (normalised least mean squares).
         """
+        if beside is not None:
+            milliseconds = max(milliseconds - (beside.value or 0.0), 0.1 * milliseconds)
         root, level, further = self.root.value, self.level.value, levels - 1
         if root is None or level is None or not (self.root.sure and self.level.sure):
             self.root.add(milliseconds / levels, settled)
@@ -285,8 +295,12 @@ class MeasuredCosts:
             missing = min(max(milliseconds - expected, -0.4 * expected), 0.4 * expected)
             step = _LEVELS_STEP * missing / (1 + further * further)
             least = 0.1 * expected / levels
-            self.root.value = max(root + step, least)
-            self.level.value = max(level + further * step, least)
+            root, level = max(root + step, least), max(level + further * step, least)
+            if beside is not None and beside.value is not None and root < level:
+                # than a further one it takes no less: the rest was taken for what is beside it
+                part = min(level - root, 0.5 * beside.value)
+                root, beside.value = root + part, beside.value - part
+            self.root.value, self.level.value = root, level
 
     def add_rate(self, tokens: float, milliseconds: float) -> None:
         self._rounds += 1

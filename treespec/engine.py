@@ -375,18 +375,20 @@ class Engine:
         levels, ranking = policy.levels_ahead(), picker.ranking(self._breadth)
         if levels is None or ranking is None:
             return None
+        sizes = policy.node_sizes
         return _LevelPlan(
             tuple(policy.children(level) for level in range(levels)),
             tuple(policy.frontier(level) for level in range(1, levels)),
             ranking,
-            round_up_nodes(policy.max_nodes, policy.node_sizes) if policy.looks_at_nothing else 0,
+            policy.looks_at_nothing,
+            round_up_nodes(min(policy.max_nodes, sizes[-1]), sizes),
         )
 
     def _grow_ahead(
         self, growth: Growth, sequences: Sequences, picker: TokenPicker, plan: _LevelPlan
     ) -> tuple[Tree | None, torch.Tensor | None]:
         """All levels, the draft's forwards among them, as one step; the tree where its nodes are
-        selected too, else the scores `[B, C]` of all candidates."""
+        selected too, else the scores `[B, C]` of the root and the likeliest candidates."""
         source = self.drafts[0]
         assert isinstance(source, ModelSource)
         source.start_round()
@@ -395,14 +397,13 @@ class Engine:
         entered = source.catch_up(sequences)
         keys = picker.keys_of_rank(self.policy.sharpness(picker), sequences.tokens.device)
         found = grown.on(growth, _grow_levels_ahead, *entered, *keys, source, plan)
-        if plan.num_nodes:
+        if plan.selects:
             tree, self._placed = found
             return tree, None
-        # the one look: at how far the levels reach, and at what they found
-        told = found.cpu()
-        reached, scores = told.split([len(plan.frontiers), growth.count], dim=1)
-        self.policy.levels_grown(reached.tolist())
-        return None, scores
+        # the one look: at how far the levels reach, and at the likeliest of what they found
+        told, further = found.cpu(), len(plan.frontiers)
+        self.policy.levels_grown(told[:, :further].tolist())
+        return None, told[:, further:]
 
     def _grow_levels(
         self, growth: Growth, sequences: Sequences, picker: TokenPicker, depth: int
@@ -537,13 +538,15 @@ class _LevelPlan:
         children: most children of a node, of every level.
         frontiers: most nodes to expand and the least score, of every further level.
         ranking: of the children.
-        num_nodes: to be selected, the root among them; 0 where the scores are looked at first.
+        selects: the nodes too; else their scores are looked at first.
+        max_nodes: to be selected, the root among them.
     """
 
     children: tuple[int, ...]
     frontiers: tuple[tuple[int, float], ...]
     ranking: Ranking
-    num_nodes: int
+    selects: bool
+    max_nodes: int
 
 
 # Of tensors and constants alone, so that graphs can be captured of them.
@@ -559,8 +562,9 @@ def _grow_levels_ahead(
     source: ModelSource,
     plan: _LevelPlan,
 ) -> torch.Tensor | tuple[Tree, tuple[torch.Tensor, torch.Tensor]]:
-    """The tree and where it is placed; where no nodes are selected yet, of every row how likely
-    each further level was reached, and the scores of all candidates, one after the other."""
+    """The tree and where it is placed; where no nodes are selected yet, of every row one after the
+    other how likely each further level was reached, and the scores of the root and the likeliest
+    candidates."""
     logits, root_row, chain, offset = source.enter(tokens, lens, prefix_lens, width)
     growth.begin_levels(offset + sum(width for width, _ in plan.frontiers), root_row, chain)
     reached = []
@@ -573,9 +577,12 @@ def _grow_levels_ahead(
             nodes, visible = growth.enter_rows(offset)
             logits = source.level_logits(nodes, level + 1, visible, offset)
             offset += nodes.shape[1]
-    if not plan.num_nodes:
-        return torch.cat([*reached, growth.all_scores()], dim=1)
-    tree = growth.select(plan.num_nodes, max(len(plan.children), _DEEP), (plan.num_nodes,))
+    if not plan.selects:
+        # the root's is the greatest
+        scores = growth.all_scores()
+        likeliest = scores.topk(min(plan.max_nodes, scores.shape[1]), dim=1).values
+        return torch.cat([*reached, likeliest], dim=1)
+    tree = growth.select(plan.max_nodes, max(len(plan.children), _DEEP), (plan.max_nodes,))
     return tree, _placed(lens, tree.depths)
 
 

@@ -92,11 +92,16 @@ class Promises:
             path: its nodes.
             scores: cumulative log-probabilities of all nodes, the root's first.
         """
-        right = set(path)
-        likeliest = sorted(range(1, len(scores)), key=lambda node: -scores[node])
+        # equals stay in their order
+        likeliest = sorted(enumerate(scores[1:], 1), key=_less_likely)
+        right = [place for place, (node, _) in enumerate(likeliest) if node in path]
         for belief, places in zip(self.by_place, PLACES):
-            nodes = likeliest[places]
-            promised = sum(math.exp(scores[node]) for node in nodes)
+            promised = sum(math.exp(score) for _, score in likeliest[places])
             if promised < _LEAST_PROMISED:
                 break
-            belief.add(sum(node in right for node in nodes) / promised, promised)
+            kept = sum(places.start <= place < places.stop for place in right)
+            belief.add(kept / promised, promised)
+
+
+def _less_likely(candidate: tuple[int, float]) -> float:
+    return -candidate[1]

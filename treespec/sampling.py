@@ -268,9 +268,9 @@ class TokenPicker:
         )
 
     def told(self, logits: torch.Tensor, tree: Tree, lens: list[int]) -> torch.Tensor:
-        """int64 `[B, 3 + 2N]` or more: of the verdict of `verify` accept length and bonus token, the
-        number of nodes, the path, the tokens that the path carries, with a draft its rows of the
-        path's nodes, and of more nodes than the root whether some node's logits are NaN."""
+        """int64 `[B, 3 + 2N]` or more: accept length and bonus token by `verify`, the number of
+        nodes, the path, the tokens that the path carries, with a draft its rows of the path's
+        nodes, and of more nodes than the root whether some node's logits are NaN."""
         if not self.steps.captured or self.rejects:
             verdict = self.verify(logits, tree, lens)
             return _told(verdict, logits, tree.tokens, tree.num_nodes, tree.draft_rows)

@@ -58,6 +58,7 @@ def made(monkeypatch, device):
 
     # the interpreter takes its time for every row
     monkeypatch.setattr(graphs, "_FEWEST_ROWS", 64)
+    monkeypatch.setattr("treespec.sources.model._LONGEST_CATCH_UP", 8)
     monkeypatch.setattr(graphs, "runs_on", lambda device: True)
 
     def new_pool():

@@ -4,6 +4,8 @@ GPU the graphs are CUDA's; elsewhere they are emulated, over kernels in the inte
 from __future__ import annotations
 
 import copy
+import functools
+import itertools
 
 import pytest
 import torch
@@ -220,7 +222,7 @@ def test_rounds_grow_the_trees_of_called_steps(shape, ways, device):
 
 def few_scenes(monkeypatch) -> None:
     """The interpreter takes its time for every shape."""
-    for name, values in (("LEVELS_AHEAD", (1, 2)), ("FEW_NODE_SIZES", (1, 8))):
+    for name, values in (("LEVELS_AHEAD", (2,)), ("FEW_NODE_SIZES", (1, 8))):
         for module in (auto, rehearsal):
             monkeypatch.setattr(module, name, values)
     for module in (auto, rehearsal):
@@ -229,8 +231,15 @@ def few_scenes(monkeypatch) -> None:
     monkeypatch.setattr(rehearsal.Rehearsal, "max_depth", 2)
 
 
-def chooses(monkeypatch, policy, levels: int, lookup: bool) -> None:
-    """Lets auto draw one shape."""
+def chooses(monkeypatch, policy, levels: int, lookup: bool) -> list:
+    """Lets auto draw one shape; what it will observe."""
+    seen, observe = [], policy.observe
+
+    def listen(outcome) -> None:
+        seen.append(outcome)
+        observe(outcome)
+
+    monkeypatch.setattr(policy, "observe", listen)
     monkeypatch.setattr(policy, "begin_round", lambda left: True)
     monkeypatch.setattr(policy, "wants_lookup", lambda: lookup)
     monkeypatch.setattr(policy, "wants_matches", lambda match_lengths: True)
@@ -238,9 +247,32 @@ def chooses(monkeypatch, policy, levels: int, lookup: bool) -> None:
     monkeypatch.setattr(policy, "levels_ahead", lambda: levels)
     monkeypatch.setattr(policy, "nodes_to_verify", lambda scores: 8)
     policy.node_sizes = auto.FEW_NODE_SIZES
+    return seen
 
 
-@pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_a_draft_that_lags_catches_up_in_captured_forwards(device, monkeypatch):
+    """Asked every 20 tokens, it grows the trees of one that takes them in by a prefill."""
+    monkeypatch.setattr("treespec.sources.model._LONGEST_CATCH_UP", 8)
+    target = small_model("llama", device)
+    draft = copy.deepcopy(target)
+    with torch.no_grad():
+        draft.lm_head.weight += 0.4 * torch.randn(draft.lm_head.weight.shape).to(device)
+    ids = torch.randint(2, 128, (1, 7), generator=torch.Generator().manual_seed(1)).to(device)
+    found = []
+    for graphs_on in (True, False):
+        spec = TreeSpeculator(target, draft, Chain(2), attention="triton", cuda_graphs=graphs_on)
+        turns = itertools.count()
+        wants = functools.partial(lambda turns, scores: next(turns) % 20 == 0, turns)
+        monkeypatch.setattr(spec._policy, "wants_draft", wants)
+        found.append(trees_of(spec, ids, max_new_tokens=46))
+        assert spec._model.cache.prefix_lens[0] > 40 and spec.stats.draft_forwards == 6
+    (trees, text), (others, other_text) = found
+    assert torch.equal(text, other_text) and len(trees) == len(others) > 40
+    for now, then in zip(trees, others):
+        same(now, then)
+
+
+@pytest.mark.parametrize("options", [SAMPLED], ids=["sampled"])
 def test_auto_after_a_warm_up_captures_nothing_more(options, device, monkeypatch):
     """Levels planned ahead, with and without lookups; the text is plain decoding's."""
     few_scenes(monkeypatch)
@@ -254,23 +286,20 @@ def test_auto_after_a_warm_up_captures_nothing_more(options, device, monkeypatch
     spec.warmup(max_length=48, **{name: picks[name] for name in picks if name != "seed"})
     engine, grown = spec._engine, spec._model.grown
     assert engine.policy is spec._policy and not engine.steps.refusals and not grown.refusals
-    assert grown.num_replayed == 4
+    assert grown.num_replayed == 2
     ids = torch.randint(2, 128, (1, 7), generator=torch.Generator().manual_seed(1)).to(device)
     ids = torch.cat([ids, ids], dim=1)
     written = {**picks, "max_new_tokens": 12, "pad_token_id": 0}
     expected = plain.generate(ids, **written)
-    for levels, lookup in ((0, True), (1, False), (1, True), (2, False), (2, True)):
-        seen, observe = [], spec._policy.observe
+    for levels, lookup in ((0, True), (2, False), (2, True)):
         with monkeypatch.context() as patch:
-            chooses(patch, spec._policy, levels, lookup)
-            patch.setattr(spec._policy, "observe", lambda x: (seen.append(x), observe(x)))
+            seen = chooses(patch, spec._policy, levels, lookup)
             assert torch.equal(spec.generate(ids, **written), expected)
         assert {outcome.draft_levels for outcome in seen} <= {0, levels}
         wide = [outcome for outcome in seen if outcome.num_nodes == 8]
         assert len(wide) >= 2 and all(outcome.tree.parents.is_cpu for outcome in wide)
-        late = [outcome for outcome in wide[1:] if outcome.recording_ms]
         # the text's first round lets the draft take in the prompt
-        assert not late, [outcome.recording_ms for outcome in late]
-        if levels == 2:
-            assert len(spec._policy.promises.levels) <= 1
-    assert grown.num_replayed == 4 and not grown.refusals and not engine.steps.refusals
+        assert not any(outcome.recording_ms for outcome in wide[1:])
+        if levels:
+            assert len(spec._policy.promises.levels) == 1
+    assert grown.num_replayed == 2 and not grown.refusals and not engine.steps.refusals

@@ -11,7 +11,6 @@ from treespec.transfer import on_device
 
 # Catch-ups longer than this go through the prefill, so that few shapes need recording.
 _LONGEST_CATCH_UP = 32
-_USUAL_CATCH_UP = 8
 
 
 class ModelSource(StepwiseSource):
@@ -72,18 +71,39 @@ class ModelSource(StepwiseSource):
         """Takes in what is too much for one forward; returns what `enter` needs."""
         prefix_lens = self.model.cache.prefix_lens
         self.model.rounds_ahead = sequences.rounds_ahead
-        behind = max(length - prefix for length, prefix in zip(sequences.lens, prefix_lens))
-        if behind > _LONGEST_CATCH_UP or min(prefix_lens) == 0:
+        self._steps = sequences.steps
+        while max(self._lag(sequences)) > _LONGEST_CATCH_UP or min(prefix_lens) == 0:
+            if min(prefix_lens) > 0 and self._steps.captured:
+                self._take_in(sequences)
+                continue
             self._ingested = True
             self.model.ingest(sequences.tokens, [length - 1 for length in sequences.lens])
-        self._behind = [length - prefix for length, prefix in zip(sequences.lens, prefix_lens)]
-        self._steps = sequences.steps
+            break
+        self._behind = self._lag(sequences)
         width = _bucket(max(self._behind))
         if self._steps.captured:
-            # a few nodes more cost a GPU nothing, and a graph of their own would
-            width = _USUAL_CATCH_UP if width <= _USUAL_CATCH_UP else _LONGEST_CATCH_UP
+            # some nodes more cost a GPU nothing, and graphs of their own would
+            width = _LONGEST_CATCH_UP
         prefix = on_device(prefix_lens, sequences.tokens.device)
         return sequences.tokens, sequences.lens_on_device, prefix, width
+
+    def _lag(self, sequences: Sequences) -> list[int]:
+        """Tokens of every row that the draft has not taken in, the root among them."""
+        return [
+            length - have for length, have in zip(sequences.lens, self.model.cache.prefix_lens)
+        ]
+
+    def _take_in(self, sequences: Sequences) -> None:
+        """Some of them, in a forward that is captured; a prompt is taken in only once."""
+        width, have = _LONGEST_CATCH_UP, self.model.cache.prefix_lens
+        taken = [min(width, lag - 1) for lag in self._lag(sequences)]
+        upto = [start + count + 1 for start, count in zip(have, taken)]
+        prefix, lens = on_device([have, upto], sequences.tokens.device)
+        nodes, positions, chain, *_ = self._steps(
+            _last_tokens, sequences.tokens, lens.clamp_max(prefix + width), prefix, width
+        )
+        self.model.forward(nodes, positions, chain, prefix_lens=prefix)
+        self.model.cache.commit([list(range(count)) for count in taken])
 
     def enter(
         self, tokens: torch.Tensor, lens: torch.Tensor, prefix_lens: torch.Tensor, width: int
