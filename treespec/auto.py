@@ -361,7 +361,7 @@ class AutoPolicy(Policy):
         if self.now.root.value is None:
             return 1  # tells what the draft costs
         levels = min(self._best_levels, _PROBE_LEVELS) if self._exploring else self._best_levels
-        return next(count for count in LEVELS_AHEAD if count >= levels)
+        return next((count for count in LEVELS_AHEAD if count >= levels), LEVELS_AHEAD[-1])
 
     def levels_grown(self, reached):
         self.promises.levels.clear()

@@ -95,14 +95,11 @@ class ModelSource(StepwiseSource):
 
     def _take_in(self, sequences: Sequences) -> None:
         """Some of them, in a forward that is captured; a prompt is taken in only once."""
-        width, have = _LONGEST_CATCH_UP, self.model.cache.prefix_lens
-        taken = [min(width, lag - 1) for lag in self._lag(sequences)]
-        upto = [start + count + 1 for start, count in zip(have, taken)]
-        prefix, lens = on_device([have, upto], sequences.tokens.device)
-        nodes, positions, chain, *_ = self._steps(
-            _last_tokens, sequences.tokens, lens.clamp_max(prefix + width), prefix, width
-        )
+        width, history = _LONGEST_CATCH_UP, sequences.tokens
+        prefix = on_device(self.model.cache.prefix_lens, history.device)
+        nodes, positions, chain = self._steps(_next_tokens, history, prefix, width)
         self.model.forward(nodes, positions, chain, prefix_lens=prefix)
+        taken = [min(width, lag - 1) for lag in self._lag(sequences)]
         self.model.cache.commit([list(range(count)) for count in taken])
 
     def enter(
@@ -137,17 +134,22 @@ class ModelSource(StepwiseSource):
         )
 
 
-def _last_tokens(
-    history: torch.Tensor, lens: torch.Tensor, prefix_lens: torch.Tensor, width: int
-) -> tuple[torch.Tensor, ...]:
-    """The first `width` tokens behind every prefix, their positions, what they see, and of the
-    root its row and what it sees."""
-    prefix = prefix_lens.unsqueeze(1)
-    positions = prefix + torch.arange(width, device=history.device)
+def _next_tokens(
+    history: torch.Tensor, prefix_lens: torch.Tensor, width: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The first `width` tokens behind every prefix, their positions, and what they see."""
+    positions = prefix_lens.unsqueeze(1) + torch.arange(width, device=history.device)
     # tokens past a row's end are padding that no other node sees
     tokens = history.gather(1, positions.clamp_max(history.shape[1] - 1))
     square = torch.ones(width, width, dtype=torch.bool, device=history.device).tril_()
-    chain = square.expand(len(lens), -1, -1)
+    return tokens, positions, square.expand(len(history), -1, -1)
+
+
+def _last_tokens(
+    history: torch.Tensor, lens: torch.Tensor, prefix_lens: torch.Tensor, width: int
+) -> tuple[torch.Tensor, ...]:
+    """The same, the root among them, its row and what it sees."""
+    tokens, positions, chain = _next_tokens(history, prefix_lens, width)
     root_row = lens - prefix_lens - 1
     sees = chain.gather(1, root_row.view(-1, 1, 1).expand(-1, 1, width)).squeeze(1)
     return tokens, positions, chain, root_row, sees
