@@ -285,6 +285,40 @@ def test_the_first_of_a_few_measurements_may_find_cold_code():
     assert time.value == time.expected(3.0) == 4.0
 
 
+def test_no_part_of_a_round_takes_less_than_no_time():
+    """What others left of a round may be negative; it would shrink for ever."""
+    time, verify = RunningTime(), VerifyCosts(1)
+    for _ in range(200):
+        time.add(-0.5)
+        verify.add(1, -0.2)
+    assert 0.0 < time.value <= 0.01 and 0.0 < verify.at(1) <= 0.01
+    for _ in range(200):
+        time.add(0.3)
+    assert time.value == pytest.approx(0.3, rel=0.1)
+
+
+def test_a_round_that_captured_its_steps_says_nothing_of_what_is_between_forwards():
+    policy = tuned()
+    policy.begin_round([50])
+    overhead = policy.now.overhead.value
+    policy.observe(a_plain_round(total_ms=4.05, overhead_settled=False))
+    assert policy.now.overhead.value == overhead
+    policy._rest = 0
+    policy.observe(a_plain_round(total_ms=4.05))
+    assert policy.now.overhead.value < overhead
+
+
+def test_what_lookups_seem_to_cost_gives_way_to_the_first_level_beside_them():
+    """Rounds with lookups alone are few, and find cold code."""
+    generator = torch.Generator().manual_seed(0)
+    costs = MeasuredCosts(1, RoundCosts({1: 4.0}, 0.5, {3: 0.5}, 1.2, 0.3))
+    for levels in (1 + torch.randint(0, 6, (300,), generator=generator)).tolist():
+        costs.add_levels(levels, 0.5 + 0.4 + (levels - 1) * 0.25, True, costs.lookup)
+    assert costs.level.value == pytest.approx(0.25, rel=0.15)
+    assert costs.root.value >= costs.level.value
+    assert costs.lookup.value + costs.root.value == pytest.approx(0.9, rel=0.1)
+
+
 def test_rounds_of_different_depth_tell_the_first_level_of_a_draft_from_further_ones():
     generator = torch.Generator().manual_seed(0)
     depths = (2 + torch.randint(0, 4, (300,), generator=generator)).tolist()
@@ -1009,6 +1043,42 @@ def test_a_level_must_pay_for_the_nodes_it_adds_too():
     assert expands(policy, 1, score)
     policy.now.verify = VerifyCosts(1, {1: 4.0, 4: 4.0, 6: 4.0 + 2.0 * level})
     assert not expands(policy, 1, score)
+
+
+def test_levels_ahead_are_the_best_number_few_on_a_trial_and_one_of_an_unknown_draft():
+    policy = tuned()
+    for best, planned in ((1, 1), (3, 3), (5, 6), (6, 6)):
+        policy._best_levels = best
+        assert policy.levels_ahead() == planned
+    policy._exploring = True
+    assert policy.levels_ahead() == 2
+    fresh = AutoPolicy(True, True)
+    fresh.begin_round([500])
+    assert fresh.levels_ahead() == 1
+
+
+def test_levels_grown_without_a_look_promise_what_was_reached():
+    """As if each had been looked at; a level that nothing reached promises nothing."""
+    policy = tuned()
+    policy.begin_round([500])
+    policy.children(0)
+    assert expands(policy, 0, -0.1) and expands(policy, 1, -0.2)
+    looked_at = list(policy.promises.levels)
+    policy.levels_grown([[math.exp(-0.1), math.exp(-0.2), 0.0, 0.0]])
+    assert policy.promises.levels == pytest.approx(looked_at)
+
+
+def test_graphs_have_few_widths_and_continuations_of_one_length():
+    policy = tuned()
+    policy.begin(40, False, captured=True)
+    policy.begin_round([500])
+    assert policy.node_sizes == treespec.auto.FEW_NODE_SIZES and policy.lookup_length == 63
+    policy._look_ahead(1)
+    assert policy.lookup_length == 63
+    policy.begin(40, False)
+    policy.begin_round([500])
+    assert len(policy.node_sizes) > len(treespec.auto.FEW_NODE_SIZES)
+    assert policy.lookup_length == 20
 
 
 def test_promises_are_held_against_the_path():

@@ -56,6 +56,13 @@ def test_recordings_are_part_of_the_balance():
     assert outlay.allows(110.0)
 
 
+def test_what_was_made_ahead_is_begun():
+    outlay = Outlay()
+    outlay.prepared((1, 8, 64))
+    assert outlay.begun((1, 4, 8, 16, 64)) == (1, 8, 64) and outlay.draft_begun
+    assert outlay.allows(0.0)
+
+
 def test_widths_once_begun_stay_open():
     outlay = Outlay()
     outlay.pay(a_round(8, recording_ms=RECORDING_MS), 2.0)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,12 +25,40 @@ from treespec.steps import Steps
 from treespec.tree import (
     NODE_SIZES,
     Growth,
+    Tree,
     ancestor_matrix,
+    packed,
     root_only,
     round_up_nodes,
+    with_read,
 )
 
 VOCAB = 9
+
+
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize(("drafted", "looked_up"), [(True, True), (True, False), (False, True)])
+def test_trees_are_read_as_they_are(size, drafted, looked_up):
+    generator = torch.Generator().manual_seed(size)
+    whole = torch.randint(-1, 10**6, (2, size), generator=generator)
+    scores = torch.randn(2, size, generator=generator)
+    scores[0, -1] = -math.inf
+    tree = replace(
+        root_only(torch.zeros(2, dtype=torch.long)),
+        tokens=whole,
+        num_nodes=torch.tensor([size, 1]),
+        parents=whole + 3,
+        scores=scores,
+        draft_rows=whole + 7 if drafted else None,
+        lookup=whole % 2 == 0 if looked_up else None,
+    )
+    told = packed(tree.num_nodes, tree.parents, tree.scores, tree.draft_rows, tree.lookup)
+    read = with_read(tree, told)
+    for one in fields(Tree):
+        value, expected = getattr(read, one.name), getattr(tree, one.name)
+        assert (value is None) == (expected is None), one.name
+        assert value is None or (torch.equal(value, expected) and value.dtype == expected.dtype)
+
 CASES = settings(max_examples=60, deadline=None, derandomize=True)
 
 # --- slow and obvious ----------------------------------------------------------------------------
