@@ -604,14 +604,16 @@ def test_ours_are_recorded_ahead_where_that_is_asked_for(pair, task, tmp_path, a
 
 def test_a_row_is_recorded_ahead_by_warmup_and_the_file_says_so(tmp_path, monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr(TreeSpeculator, "warmup", lambda self, *sizes: asked.append(sizes))
+    monkeypatch.setattr(
+        TreeSpeculator, "warmup", lambda self, *sizes, **options: asked.append((*sizes, options))
+    )
     path = tmp_path / "run.json"
     command = [*REFERENCE, "--samples", "1", "--rows", "treespec plain", "--output", str(path)]
     assert cli.main([*command, "--record-ahead"]) == 0
     record = load(path)
     assert record["settings"]["record_ahead"] is True
     assert "recorded ahead by warmup()" in capsys.readouterr().out
-    assert asked == [(1, record["tasks"][0]["prompt_tokens"] + 12)]
+    assert asked == [(1, record["tasks"][0]["prompt_tokens"] + 12, {"do_sample": False})]
     path.unlink()
     assert cli.main(command) == 0
     assert load(path)["settings"]["record_ahead"] is False and len(asked) == 1

@@ -250,9 +250,8 @@ def chooses(monkeypatch, policy, levels: int, lookup: bool) -> list:
     return seen
 
 
-@pytest.mark.parametrize("shape", [Chain(2), FixedTree(2, 2, 0.02, 8)], ids=["chain", "pruned"])
-def test_a_draft_that_lags_catches_up_in_captured_forwards(shape, device, monkeypatch):
-    """Asked every 20 tokens, it grows the trees of one that takes them in by a prefill. What it
+def test_a_draft_that_lags_catches_up_in_captured_forwards(device, monkeypatch):
+    """Asked now and then, it grows the trees of one that takes them in by a prefill. What it
     enters a round with is captured before."""
     monkeypatch.setattr("treespec.sources.model._LONGEST_CATCH_UP", 8)
     target = small_model("llama", device)
@@ -262,20 +261,20 @@ def test_a_draft_that_lags_catches_up_in_captured_forwards(shape, device, monkey
     ids = torch.randint(2, 128, (1, 7), generator=torch.Generator().manual_seed(1)).to(device)
     found = []
     for graphs_on in (True, False):
-        spec = TreeSpeculator(target, draft, shape, attention="triton", cuda_graphs=graphs_on)
+        options = {"attention": "triton", "cuda_graphs": graphs_on}
+        spec = TreeSpeculator(target, draft, FixedTree(2, 2, 0.02, 8), **options)
         turns = itertools.count()
-        wants = functools.partial(lambda turns, scores: next(turns) % 24 < 4, turns)
+        wants = functools.partial(lambda turns, scores: next(turns) % 16 < 3, turns)
         monkeypatch.setattr(spec._policy, "wants_draft", wants)
-        found.append(trees_of(spec, ids, max_new_tokens=50))
-        assert spec._model.cache.prefix_lens[0] > 24 and spec.stats.draft_forwards >= 8
+        found.append(trees_of(spec, ids, max_new_tokens=28))
+        assert spec._model.cache.prefix_lens[0] > 24 and spec.stats.draft_forwards > 3
     (trees, text), (others, other_text) = found
-    assert torch.equal(text, other_text) and len(trees) == len(others) > 24
+    assert torch.equal(text, other_text) and len(trees) == len(others) > 17
     for now, then in zip(trees, others):
         same(now, then)
 
 
-@pytest.mark.parametrize("options", [SAMPLED], ids=["sampled"])
-def test_auto_after_a_warm_up_captures_nothing_more(options, device, monkeypatch):
+def test_auto_after_a_warm_up_captures_nothing_more(device, monkeypatch):
     """Levels planned ahead, with and without lookups; the text is plain decoding's."""
     few_scenes(monkeypatch)
     target = small_model("llama", device)
@@ -284,14 +283,14 @@ def test_auto_after_a_warm_up_captures_nothing_more(options, device, monkeypatch
         draft.lm_head.weight += 0.4 * torch.randn(draft.lm_head.weight.shape).to(device)
     spec = TreeSpeculator(target, draft, attention="triton", cuda_graphs=True)
     plain = TreeSpeculator(target, None, attention="triton", cuda_graphs=False)
-    picks = {"do_sample": bool(options), **options}
+    picks = {"do_sample": True, **SAMPLED}
     spec.warmup(max_length=48, **{name: picks[name] for name in picks if name != "seed"})
     engine, grown = spec._engine, spec._model.grown
     assert engine.policy is spec._policy and not engine.steps.refusals and not grown.refusals
     assert grown.num_replayed == 2
     ids = torch.randint(2, 128, (1, 7), generator=torch.Generator().manual_seed(1)).to(device)
     ids = torch.cat([ids, ids], dim=1)
-    written = {**picks, "max_new_tokens": 12, "pad_token_id": 0}
+    written = {**picks, "max_new_tokens": 10, "pad_token_id": 0}
     expected = plain.generate(ids, **written)
     for levels, lookup in ((0, True), (2, False), (2, True)):
         with monkeypatch.context() as patch:
