@@ -313,10 +313,29 @@ def test_what_lookups_seem_to_cost_gives_way_to_the_first_level_beside_them():
     generator = torch.Generator().manual_seed(0)
     costs = MeasuredCosts(1, RoundCosts({1: 4.0}, 0.5, {3: 0.5}, 1.2, 0.3))
     for levels in (1 + torch.randint(0, 6, (300,), generator=generator)).tolist():
-        costs.add_levels(levels, 0.5 + 0.4 + (levels - 1) * 0.25, True, costs.lookup)
+        costs.add_levels(levels, 0.5 + 0.4 + (levels - 1) * 0.25, True, costs.lookup, doubted=True)
     assert costs.level.value == pytest.approx(0.25, rel=0.15)
     assert costs.root.value >= costs.level.value
     assert costs.lookup.value + costs.root.value == pytest.approx(0.9, rel=0.1)
+    known = costs.lookup.value
+    costs.add_levels(2, 0.1, True, costs.lookup)
+    assert costs.lookup.value == known, "measured lately"
+
+
+def test_what_lookups_cost_alone_is_doubted_after_a_while_beside_the_draft(monkeypatch):
+    policy, told = tuned(), []
+    monkeypatch.setattr(
+        MeasuredCosts, "add_levels", lambda self, *args: told.append(args[3:])
+    )
+    policy.begin_round([500])
+    drafted = a_plain_round(match_lengths=[3], draft_levels=2, draft_ms=2.0)
+    for _ in range(12):
+        policy._learn_draft_cost(drafted, True)
+    assert [doubted for _, doubted in told] == [False] * 9 + [True] * 2
+    assert all(cost is policy.now.miss for cost, _ in told)
+    policy.observe(a_plain_round(match_lengths=[0]))
+    policy._learn_draft_cost(drafted, True)
+    assert told[-1][1] is False
 
 
 def test_rounds_of_different_depth_tell_the_first_level_of_a_draft_from_further_ones():

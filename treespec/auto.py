@@ -64,6 +64,8 @@ LOOKUP_LENGTHS = (20, 40, 63)
 # expected to pay. What those of one sequence lose they make up for in the next that repeats itself.
 _DEBTS = (0.01, 0.015)
 _DEBTS_ALONE = (math.inf, 0.02)
+# Rounds with a draft after which what lookups cost alone is doubted.
+_SELDOM_ALONE = 8
 # Levels for which a draft is valued, and the chances of lookups that found nothing.
 _LEVELS_VALUED = 6
 _NOTHING = [0.0] * _LEVELS_VALUED
@@ -134,6 +136,8 @@ class AutoPolicy(Policy):
         # what a token of each row of this round is worth
         self._shares = _ALONE
         self._captured = False
+        # rounds that asked lookups beside the draft since one that asked them alone
+        self._lookups_beside = 0
         self._rounds = {"plain": 0, "lookup": 0, "draft": 0}
 
     def _costs_for(self, rows: int) -> MeasuredCosts:
@@ -465,6 +469,7 @@ class AutoPolicy(Policy):
                 self._lookup_purse.pay(beside, self._lookup_exploring)
         elif looked:
             cost = now.miss if outcome.tree.lookup is None else now.lookup
+            self._lookups_beside = 0
             cost.add(outcome.draft_ms - outcome.draft_extra_ms)
             self._lookup_purse.pay(lost, self._lookup_exploring)
         self._lookup_exploring = False
@@ -568,7 +573,9 @@ class AutoPolicy(Policy):
             return
         lookup = now.miss if outcome.tree.lookup is None else now.lookup
         spent = outcome.draft_ms - outcome.draft_extra_ms
-        now.add_levels(levels, spent, outcome.draft_settled, lookup if looked else None)
+        doubted = self._lookups_beside > _SELDOM_ALONE
+        now.add_levels(levels, spent, outcome.draft_settled, lookup if looked else None, doubted)
+        self._lookups_beside += looked
 
     def _learn_draft_gain(self, outcome: Outcome, usual: float | None) -> None:
         """Rounds of plain decoding that the draft saved, beyond those that lookups would have saved

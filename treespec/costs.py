@@ -275,13 +275,24 @@ class MeasuredCosts:
         return max(running, plain) or None
 
     def add_levels(
-        self, levels: int, milliseconds: float, settled: bool, beside: RunningTime | None = None
+        self,
+        levels: int,
+        milliseconds: float,
+        settled: bool,
+        beside: RunningTime | None = None,
+        doubted: bool = False,
     ) -> None:
-        """Takes in what so many draft levels took together, and perhaps something beside them, of a
-        cost of its own.
+        """Takes in what so many draft levels took together.
 
         Rounds of different depth tell the first level from further ones, so once both are known
         every round corrects them by their part in it (normalised least mean squares).
+
+        Args:
+            levels: of the draft.
+            milliseconds: of the levels and of what was beside them.
+            settled: nothing else was unusual about them.
+            beside: the cost of that; None for nothing.
+            doubted: it was not measured alone for long, and may be less.
         """
         if beside is not None:
             milliseconds = max(milliseconds - (beside.value or 0.0), 0.1 * milliseconds)
@@ -296,7 +307,7 @@ class MeasuredCosts:
             step = _LEVELS_STEP * missing / (1 + further * further)
             least = 0.1 * expected / levels
             root, level = max(root + step, least), max(level + further * step, least)
-            if beside is not None and beside.value is not None and root < level:
+            if doubted and beside is not None and beside.value is not None and root < level:
                 # than a further one it takes no less: the rest was taken for what is beside it
                 part = min(level - root, 0.5 * beside.value)
                 root, beside.value = root + part, beside.value - part
