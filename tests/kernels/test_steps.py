@@ -233,20 +233,19 @@ def few_scenes(monkeypatch) -> None:
 
 def chooses(monkeypatch, policy, levels: int, lookup: bool) -> list:
     """Lets auto draw one shape; what it will observe."""
-    seen, observe = [], policy.observe
+    seen, observe, begin = [], policy.observe, policy.begin_round
 
     def listen(outcome) -> None:
         seen.append(outcome)
         observe(outcome)
 
     monkeypatch.setattr(policy, "observe", listen)
-    monkeypatch.setattr(policy, "begin_round", lambda left: True)
+    monkeypatch.setattr(policy, "begin_round", lambda left: begin(left) or True)
     monkeypatch.setattr(policy, "wants_lookup", lambda: lookup)
     monkeypatch.setattr(policy, "wants_matches", lambda match_lengths: True)
     monkeypatch.setattr(policy, "wants_draft", lambda scores: levels > 0)
     monkeypatch.setattr(policy, "levels_ahead", lambda: levels)
     monkeypatch.setattr(policy, "nodes_to_verify", lambda scores: 8)
-    policy.node_sizes = auto.FEW_NODE_SIZES
     return seen
 
 
