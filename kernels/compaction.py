@@ -22,7 +22,7 @@ _MAX_TABLES = 1024
 _tables: OrderedDict[tuple, tuple[torch.Tensor, int, int, int]] = OrderedDict()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity"])
 def compact_kernel(
     table_ptr, path_ptr, accept_ptr, prefix_ptr,
     capacity,

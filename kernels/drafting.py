@@ -62,7 +62,7 @@ def _rank_of(score, token, word, vocab_size, SAMPLED: tl.constexpr):
     return tl.where(token < vocab_size, _rank(score, token), NONE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["frontier", "num_children"])
 def part_kernel(
     logits_ptr, cum_ptr, threshold_ptr, temperature_ptr, sharpness_ptr, seeds_ptr, rows_ptr,
     places_ptr, roots_ptr,
@@ -136,7 +136,7 @@ def part_kernel(
     tl.store(ranks_ptr + out * num_children + slot, best, mask=slot < num_children)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["frontier", "num_parts", "num_children"])
 def join_kernel(
     logits_ptr, cum_ptr, breadth_ptr, temperature_ptr, sharpness_ptr, ranks_ptr, peak_ptr, mass_ptr,
     tokens_ptr, logprobs_ptr,

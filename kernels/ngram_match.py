@@ -47,7 +47,7 @@ def scan_kernel(
     tl.store(ranks_ptr + out + slot, best, mask=slot < num_matches)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_ranks", "num_matches", "length"])
 def continue_kernel(
     tokens_ptr, lens_ptr, ranks_ptr, continuations_ptr, match_length_ptr,
     num_ranks, num_matches, length,

@@ -28,7 +28,7 @@ def _rotated(row_ptr, stride_d, column, cos, sin, rotary_dim, width, INTERLEAVED
     return tl.where(turns, x * cos + sign * other * sin, x)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_nodes"])
 def append_kernel(
     q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, k_cache_ptr, v_cache_ptr, prefix_ptr, out_ptr,
     num_nodes, slots, q_heads, kv_heads, rotary_dim,

@@ -13,7 +13,7 @@ from .round_tuning import next_power_of_two
 from .verdict import NodeSelection
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity", "width"])
 def ancestry_kernel(
     parents_ptr, num_nodes_ptr, bits_ptr, depths_ptr,
     capacity, width,
@@ -44,7 +44,7 @@ def ancestry_kernel(
         tl.store(depths_ptr + pair, tl.maximum(depth, 0).to(tl.int64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["candidates", "max_nodes"])
 def select_kernel(
     scores_ptr, parents_ptr, nodes_ptr, new_parents_ptr, counts_ptr,
     candidates, max_nodes,
@@ -108,7 +108,7 @@ def _vote_of(index, FIRST: tl.constexpr, SECOND: tl.constexpr, THIRD: tl.constex
     return tl.where(index == 0, FIRST, tl.where(index == 1, SECOND, further))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num", "length"])
 def merge_kernel(
     continuations_ptr, parents_ptr, fresh_ptr, share_ptr,
     num, length,

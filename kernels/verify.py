@@ -34,7 +34,7 @@ def _fold(best, best_token, bad, row_ptr, tokens, word, temperature, threshold, 
     return tl.where(better, score, best), tl.where(better, tokens, best_token), bad
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity"])
 def choose_kernel(
     logits_ptr, num_nodes_ptr, positions_ptr, rows_ptr, seeds_ptr, temperature_ptr,
     threshold_ptr, value_ptr, token_ptr,
@@ -139,7 +139,7 @@ def choose_kernel(
     tl.store(token_ptr + place, tl.where(any_bad, -1, token))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity", "num_splits"])
 def walk_kernel(
     value_ptr, token_ptr, tokens_ptr, parents_ptr, num_nodes_ptr, path_ptr, accept_ptr, bonus_ptr,
     capacity, num_splits,

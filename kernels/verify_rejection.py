@@ -63,7 +63,7 @@ def _coin(seed, row, node, stream):
     return uniform_of(word)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity"])
 def rejection_kernel(
     logits_ptr, draft_ptr, tokens_ptr, parents_ptr, num_nodes_ptr, positions_ptr, rows_ptr,
     seeds_ptr,

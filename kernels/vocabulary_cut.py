@@ -54,7 +54,7 @@ def _count_and_mass(row_ptr, key, floor, greatest, temperature, vocab_size, BLOC
     return tl.sum(count, 0), tl.sum(mass, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity"])
 def cut_kernel(
     logits_ptr, draft_ptr, parents_ptr, num_nodes_ptr, temperature_ptr, top_k_ptr, top_p_ptr,
     min_p_ptr,

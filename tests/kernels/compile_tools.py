@@ -120,7 +120,7 @@ def compile_kernel(
         scalars: Run-time scalars and their types, such as ``{"num_nodes": "i32"}``.
         constants: Constexpr arguments, and arguments that are None.
         aligned: Arguments known to be divisible by 16; every pointer and every ``stride_*`` but
-            unit ones when None.
+            unit ones when None. Launches do not look at those that are not to be specialized.
         num_warps: Warps of a block.
         num_stages: Stages of software pipelining.
     """
@@ -146,7 +146,7 @@ def compile_kernel(
     attributes = {
         (names.index(name),): [["tt.divisibility", 16]]
         for name in names
-        if name in aligned and name not in constants
+        if name in aligned and name not in constants and name not in kernel.do_not_specialize
     }
     source = ASTSource(kernel, signature, values, attributes)
     options = {"num_warps": num_warps, "num_stages": num_stages}
