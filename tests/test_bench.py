@@ -600,6 +600,7 @@ def test_ours_are_recorded_ahead_where_that_is_asked_for(pair, task, tmp_path, a
     rounds = ["ours"] * 8 * 3
     assert log == (["ours recorded", *rounds] if ahead else rounds)
     assert lengths == ([longer.new_tokens] if ahead else []), "for the longest text, once"
+    assert list(run.record.get("warmup_s", {})) == (["ours"] if ahead else [])
 
 
 def test_a_row_is_recorded_ahead_by_warmup_and_the_file_says_so(tmp_path, monkeypatch, capsys):
@@ -612,7 +613,8 @@ def test_a_row_is_recorded_ahead_by_warmup_and_the_file_says_so(tmp_path, monkey
     assert cli.main([*command, "--record-ahead"]) == 0
     record = load(path)
     assert record["settings"]["record_ahead"] is True
-    assert "recorded ahead by warmup()" in capsys.readouterr().out
+    assert 0.0 <= record["warmup_s"]["treespec plain"] < 60.0
+    assert "recorded ahead by warmup(), in " in " ".join(capsys.readouterr().out.split())
     assert asked == [(1, record["tasks"][0]["prompt_tokens"] + 12, {"do_sample": False})]
     path.unlink()
     assert cli.main(command) == 0

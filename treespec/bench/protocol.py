@@ -244,6 +244,7 @@ class Comparison:
         for method in self._left(group):
             if not (method.ours and isinstance(method.run, Stepwise)):
                 continue
+            started = time.perf_counter()
             for task in longest.values():
                 try:
                     method.run.record(task)
@@ -251,6 +252,8 @@ class Comparison:
                     self._leave_out(group, method, task, error)
                     break
             else:
+                seconds = self.run_file.record.setdefault("warmup_s", {})
+                seconds[method.name + group.label] = time.perf_counter() - started
                 self.on_step(f"{method.name}, recorded ahead")
 
     def _warm_up(self, group: Group) -> None:

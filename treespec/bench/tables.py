@@ -86,7 +86,9 @@ def about(record: dict[str, Any]) -> str:
     if models["device"] == "cuda" and settings.get("cuda_graphs", False) is not False:
         parts.append("this library's rows on CUDA graphs where they can be captured")
     if settings.get("record_ahead"):
-        parts.append("forwards of this library's rows recorded ahead by warmup()")
+        took = sorted((record.get("warmup_s") or {}).values())
+        seconds = f", in {took[0]:.1f} to {took[-1]:.1f} s each" if took else ""
+        parts.append(f"forwards of this library's rows recorded ahead by warmup(){seconds}")
     parts.append(f"acceptance: {record['acceptance']}")
     parts.append(
         f"{settings['new_tokens']} new tokens, prompts {settings['prompts']}, "
