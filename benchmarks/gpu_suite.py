@@ -28,7 +28,10 @@ GRAPH_CHECKS = (
     ("graphs lossless", ["benchmarks/lossless_on_gpu.py", "--ways", "graphs"], 95),
 )
 # The ablation's steps beside the others' rows: all of it takes longer than this suite has.
-REFERENCE_ROWS = "assisted,prompt lookup,flashspec,plain,K=6 (draft),D=4,D=7,best-first,auto"
+REFERENCE_ROWS = (
+    "assisted,prompt lookup,flashspec,plain,K=6 (draft),D=4 pruned (draft),D=4 unpruned (draft),"
+    "D=7 pruned (draft),D=7 unpruned (draft),best-first 12/4/3,best-first 32/8/8 (lookup),auto"
+)
 KERNELS = ["-m", "pytest", "benchmarks", "-q", "--benchmark-json={out}/kernels.json"]
 BENCH = ["-m", "treespec", "bench"]
 ON_CUDA = ["--device", "cuda", "--dtype", "float16"]

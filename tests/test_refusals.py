@@ -611,3 +611,27 @@ def test_a_draft_that_turns_nan_costs_time_never_text(shape):
         options = {**GREEDY, "do_sample": do_sample, "seed": 1}
         expected = TreeSpeculator(target, None).generate(IDS, **options)
         assert first_difference(made.generate(IDS, **options), expected) is None
+
+
+WARM_UPS = [
+    ({"batch_sizes": 0}, ValueError, r"^batch_sizes must be positive integers; got 0"),
+    ({"batch_sizes": [2, True]}, ValueError, r"^batch_sizes must be positive integers; got \[2"),
+    ({"max_length": 15}, ValueError, r"^max_length must be an integer of at least 16; got 15"),
+    ({"max_new_tokens": 9}, TypeError, r"^max_new_tokens: warmup\(\) writes nothing that is kept"),
+    ({"seed": 1}, TypeError, r"^seed: warmup\(\) writes nothing that is kept"),
+    ({"do_sample": True, "temperature": -1.0}, ValueError, "temperature"),
+    ({"num_beams": 2}, NotImplementedError, "num_beams"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "message"), WARM_UPS)
+def test_a_warm_up_that_makes_no_sense_is_refused(spec, options, error, message):
+    before = len(spec.calls)
+    with pytest.raises(error, match=message):
+        spec.warmup(**options)
+    assert len(spec.calls) == before
+
+
+def test_a_warm_up_takes_the_options_of_sampling(spec):
+    spec.warmup(max_length=32, do_sample=True, temperature=0.7, top_k=5)
+    assert spec.stats.new_tokens == 16

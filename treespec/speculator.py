@@ -449,6 +449,8 @@ class TreeSpeculator:
             raise ValueError(f"batch_sizes must be positive integers; got {batch_sizes!r}")
         if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 16:
             raise ValueError(f"max_length must be an integer of at least 16; got {max_length!r}")
+        for name in {"max_new_tokens", "seed"} & options.keys():
+            raise TypeError(f"{name}: warmup() writes nothing that is kept; leave this out")
         new_tokens = min(64, max_length // 2)
         options = {"do_sample": False} | options | {"max_new_tokens": new_tokens}
         # a repeating prompt makes lookups and wide trees occur
