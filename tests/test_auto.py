@@ -317,9 +317,11 @@ def test_what_lookups_seem_to_cost_gives_way_to_the_first_level_beside_them():
     assert costs.level.value == pytest.approx(0.25, rel=0.15)
     assert costs.root.value >= costs.level.value
     assert costs.lookup.value + costs.root.value == pytest.approx(0.9, rel=0.1)
-    known = costs.lookup.value
-    costs.add_levels(2, 0.1, True, costs.lookup)
+    known, costs.root.value = costs.lookup.value, 0.1
+    costs.add_levels(2, known + 0.35, True, costs.lookup)
     assert costs.lookup.value == known, "measured lately"
+    costs.add_levels(2, known + 0.35, True, costs.lookup, doubted=True)
+    assert costs.lookup.value < known
 
 
 def test_what_lookups_cost_alone_is_doubted_after_a_while_beside_the_draft(monkeypatch):

@@ -48,8 +48,8 @@ class RowVerdict:
     token).
 
     `ended` says that the last token met the row's stopping rule. The tree had `num_nodes`, the root
-    among them. `draft_rows` are the draft's rows
-    of the path's nodes behind the root, -1 for those it had not forwarded.
+    among them. `draft_rows` are the draft's rows of the path's nodes behind the root, -1 for those
+    it had not forwarded.
     """
 
     path: list[int]

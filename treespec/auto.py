@@ -620,10 +620,10 @@ class AutoPolicy(Policy):
     def _look_ahead(self, brought: int) -> None:
         """Chooses the length of the next continuation by how much of the last one was right."""
         if self.lookup_length:
-            longest = LOOKUP_LENGTHS[-1]
-            # which costs nothing where every length would take graphs of its own
-            longer = () if self._captured else (k for k in LOOKUP_LENGTHS if k >= 2 * brought)
-            self.lookup_length = next(iter(longer), longest)
+            # every length would take graphs of its own, and the longest costs a GPU nothing
+            lengths = LOOKUP_LENGTHS[-1:] if self._captured else LOOKUP_LENGTHS
+            longer = (length for length in lengths if length >= 2 * brought)
+            self.lookup_length = next(longer, lengths[-1])
 
     def predictions(self) -> list[whatif.Prediction]:
         """What plain decoding, lookup alone, the best chain and the best tree would bring now."""

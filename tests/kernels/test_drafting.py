@@ -169,7 +169,7 @@ def test_triton_filters_are_the_reference(drafting):
     logits = torch.randn(2, 1, 40, generator=torch.Generator().manual_seed(2)) * 3
     options = {
         **noise_keys(2, 1), "drafting": drafting, "temperature": torch.tensor([0.7, 1.5]),
-        "top_k": 9, "min_p": 0.01, "sharpness": 1.3,
+        "top_k": 9, "min_p": 0.01, "sharpness": torch.tensor([0.6, 1.3]),
     }  # fmt: skip
     wanted = reference.draft_children(logits, torch.zeros(2, 1), 12, **options)
     same_children(run("triton", logits, torch.zeros(2, 1), 12, **options), wanted)

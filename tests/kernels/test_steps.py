@@ -222,11 +222,10 @@ def test_rounds_grow_the_trees_of_called_steps(shape, ways, device):
 
 def few_scenes(monkeypatch) -> None:
     """The interpreter takes its time for every shape."""
-    for name, values in (("LEVELS_AHEAD", (2,)), ("FEW_NODE_SIZES", (1, 8))):
-        for module in (auto, rehearsal):
-            monkeypatch.setattr(module, name, values)
+    few = {"LEVELS_AHEAD": (2,), "FEW_NODE_SIZES": (1, 8), "LOOKUP_LENGTHS": (5,)}
     for module in (auto, rehearsal):
-        monkeypatch.setattr(module, "LOOKUP_LENGTHS", (5,))
+        for name, values in few.items():
+            monkeypatch.setattr(module, name, values)
     monkeypatch.setattr(rehearsal.Rehearsal, "node_sizes", (1, 8))
     monkeypatch.setattr(rehearsal.Rehearsal, "max_depth", 2)
 

@@ -249,12 +249,11 @@ class Comparison:
                 try:
                     method.run.record(task)
                 except Exception as error:
+                    # raises: no run goes on without one of ours
                     self._leave_out(group, method, task, error)
-                    break
-            else:
-                seconds = self.run_file.record.setdefault("warmup_s", {})
-                seconds[method.name + group.label] = time.perf_counter() - started
-                self.on_step(f"{method.name}, recorded ahead")
+            seconds = self.run_file.record.setdefault("warmup_s", {})
+            seconds[method.name + group.label] = time.perf_counter() - started
+            self.on_step(f"{method.name}, recorded ahead")
 
     def _warm_up(self, group: Group) -> None:
         for task in (group.tasks * self.warm_ups)[: self.warm_ups]:
