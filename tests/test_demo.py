@@ -168,7 +168,8 @@ def test_demo_methods_write_the_targets_own_text(pair, prompt):
     assert sum(result.ours for result in results) >= 5
     for result in results:
         assert result.new_tokens == 24
-        assert 1 <= result.tokens_per_round <= 24
+        # our rounds count the prefill, and auto may write a text of this length plainly
+        assert 24 / 25 <= result.tokens_per_round <= 24
     assert max(result.tokens_per_round for result in results if result.ours) > 1.5
     assert target.config.to_dict() == config
 
