@@ -11,8 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lossless_checks import first_difference, prompt_batch
-from tiny_models import prompts, tiny_pair
+from tiny_models import prompts, tiny_config, tiny_pair
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import treespec.model
 from treespec import BestFirstTree, TreeSpeculator
@@ -135,14 +136,14 @@ class DataDependent(nn.Module):
 class Moody(nn.Module):
     """An MLP whose Python state decides, which no recording can follow."""
 
-    def __init__(self, inner: nn.Module) -> None:
+    def __init__(self, inner: nn.Module, other: float = 3.0) -> None:
         super().__init__()
-        self.inner = inner
+        self.inner, self.other = inner, other
         self.scale = 1.0
 
     def forward(self, x):
         out = self.inner(x) * self.scale
-        self.scale = 1.0 if x.shape[1] > 1 else 3.0
+        self.scale = 1.0 if x.shape[1] > 1 else self.other
         return out
 
 
@@ -173,6 +174,57 @@ def test_a_forward_that_changes_from_call_to_call_is_refused(own_pair):
     moody.scale = 1.0
     ids = prompts(1, 1, seed=3)
     spec.generate(ids, max_new_tokens=12, do_sample=False)
+    assert replayed(spec) == 0 and "differs from the eager forward" in spec._target.recording_reason
+
+
+@pytest.fixture
+def errors(monkeypatch) -> list[float]:
+    """How far replays were from eager forwards when they were checked."""
+    found, judge = [], TreeModel._is_rounding
+
+    def noted(model, error, *args):
+        found.append(error)
+        return judge(model, error, *args)
+
+    monkeypatch.setattr(TreeModel, "_is_rounding", noted)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_of_16_bits_is_not_refused_where_it_adds_up(own_pair, dtype, errors, monkeypatch):
+    """Over many layers it may be more than a small error; so it is here, where none is small."""
+    monkeypatch.setattr(treespec.model, "_REPLAY_TOLERANCE_16BIT", 0.0)
+    target, draft = (model.to(dtype) for model in own_pair)
+    spec = TreeSpeculator(target, draft, tree=SHAPE)
+    ids, _ = prompt_batch(1)
+    spec.generate(ids, max_new_tokens=40, do_sample=False)
+    assert min(errors) >= 0.0 < max(errors) < 0.05
+    assert spec._target.recording_reason is None and replayed(spec) >= 1
+    kept = [r for r in spec._target._recordings.values() if r.unchanged is not None]
+    assert all(recording.checks_left for recording in kept)
+
+
+def test_many_lively_layers_of_16_bits_are_recorded(errors):
+    torch.manual_seed(0)
+    target = AutoModelForCausalLM.from_config(tiny_config("llama", 28)).eval().to(torch.bfloat16)
+    spec = TreeSpeculator(target, None)
+    for seed in range(4):
+        ids = prompts(1, 1, seed=seed)
+        spec.generate(ids, max_new_tokens=20, do_sample=False)
+        spec.reset()
+    assert max(errors) > treespec.model._REPLAY_TOLERANCE_16BIT
+    assert spec._target.recording_reason is None
+
+
+def test_a_small_error_that_is_no_rounding_is_refused_in_16_bits(own_pair, errors):
+    target = own_pair[0].to(torch.bfloat16)
+    moody = Moody(target.model.layers[0].mlp, other=1.25)
+    target.model.layers[0].mlp = moody
+    spec = TreeSpeculator(target, None)
+    moody.scale = 1.0
+    spec.generate(prompts(1, 1, seed=3), max_new_tokens=12, do_sample=False)
+    low, high = treespec.model._REPLAY_TOLERANCE_16BIT, treespec.model._ROUNDING_16BIT
+    assert low < errors[-1] < high
     assert replayed(spec) == 0 and "differs from the eager forward" in spec._target.recording_reason
 
 

@@ -181,6 +181,14 @@ def compile_recording(
     Raises:
         RecordingRefused: if `output` is not the result of a recorded call.
     """
+    return write_recording(steps, inputs, output)()
+
+
+def write_recording(
+    steps: list[Step], inputs: list[torch.Tensor], output: torch.Tensor
+) -> Callable[[], Callable[..., torch.Tensor]]:
+    """What makes the function of `compile_recording` when it is called; of the recorded tensors it
+    keeps only the constants."""
     writer = _Writer(inputs)
     lines: list[tuple[str, list[str], list[str]]] = []
     for k, step in enumerate(steps):
@@ -208,8 +216,13 @@ def compile_recording(
         ]
         source.append(f"    {line}" + (f"; del {', '.join(dead)}" if dead else ""))
     source.append(f"    return {returned}")
-    exec(compile("\n".join(source), "<recorded forward>", "exec"), writer.namespace)
-    return writer.namespace["replay"]
+    text, namespace = "\n".join(source), writer.namespace
+
+    def compiled() -> Callable[..., torch.Tensor]:
+        exec(compile(text, "<recorded forward>", "exec"), namespace)
+        return namespace["replay"]
+
+    return compiled
 
 
 def is_pure(func: Callable) -> bool:

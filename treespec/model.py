@@ -12,7 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from treespec import graphs, hf, packing
 from treespec.cache import TreeCache
-from treespec.capture import Recorder, RecordingRefused, compile_recording
+from treespec.capture import Recorder, RecordingRefused, compile_recording, write_recording
 from treespec.fusing import fuse
 from treespec.graphs import CapturedForward
 from treespec.kernels import ops
@@ -31,6 +31,9 @@ _PROBE_TOLERANCE_16BIT = 0.25
 # another order).
 _REPLAY_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
 _REPLAY_TOLERANCE_16BIT = 0.05
+# In 16 bits rounding adds up over many layers. More is taken for it if the same calls, neither
+# fused nor prepacked, give the eager forward's very logits.
+_ROUNDING_16BIT, _THE_SAME = 0.25, 1e-3
 _MOST_NODES_OF_A_RECORDING = 64
 # A recording costs about as much as it saves in this many calls, before any was made.
 _CALLS_THAT_PAY = 12
@@ -509,7 +512,7 @@ class TreeModel:
         try:
             recorded = recording.replay is None
             if recorded:
-                recording.replay, expected = self._record(tokens, positions)
+                expected = self._record(recording, tokens, positions)
             else:
                 expected = self._eager(tokens, positions).clone()
             assert recording.replay is not None
@@ -517,14 +520,14 @@ class TreeModel:
             replayed = recording.replay(tokens, positions)
             replay_done = self._clock()
             error = _spread_error(replayed, expected)
-            if not error <= _REPLAY_TOLERANCE.get(self.dtype, _REPLAY_TOLERANCE_16BIT):
+            if not self._is_rounding(error, recording, tokens, positions):
                 raise RecordingRefused(
                     f"its replay differs from the eager forward by {error:.2g} of the logits' "
                     "spread"
                 )
             recording.checks_left -= 1
         except RecordingRefused as reason:
-            recording.refused, recording.replay = True, None
+            recording.refused, recording.replay, recording.unchanged = True, None, None
             self.recording_reason = f"recording was refused: {reason}"
             self.settled = False
             return self._call(tokens, positions)
@@ -534,13 +537,25 @@ class TreeModel:
         recording.spent_ms += spent_ms
         if not recorded:
             worth.note(recording.spent_ms, 1e3 * (eager_done - started) - replay_ms)
+        if not recording.checks_left:
+            recording.unchanged = None
         return expected
 
+    def _is_rounding(
+        self, error: float, recording: _Recording, tokens: torch.Tensor, positions: torch.Tensor
+    ) -> bool:
+        """Whether a replay that is so far from the eager forward differs by rounding alone."""
+        if error <= _REPLAY_TOLERANCE.get(self.dtype, _REPLAY_TOLERANCE_16BIT):
+            return True
+        if recording.unchanged is None or not error <= _ROUNDING_16BIT:
+            return False
+        unchanged = recording.unchanged()(tokens, positions)
+        return _spread_error(unchanged, self._call(tokens, positions)) <= _THE_SAME
 
     def _record(
-        self, tokens: torch.Tensor, positions: torch.Tensor
-    ) -> tuple[Callable[..., torch.Tensor], torch.Tensor]:
-        """A replay of the forward under way, and the logits it should give."""
+        self, recording: _Recording, tokens: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """Records the forward under way; returns its logits."""
         if self.on_graphs:
             started = self._clock()
             expected = self._eager(tokens, positions).clone()
@@ -550,16 +565,19 @@ class TreeModel:
             call, pool = hf.current_forward(), self._graph_pool
             # until this has gone well: nor can that of a broken one
             self._graph_pool = None
-            captured = CapturedForward(call, tokens, self._eager, pool)
+            recording.replay = captured = CapturedForward(call, tokens, self._eager, pool)
             self._graph_pool = pool
             self.compile_ms += max(first_ms - captured.eager_ms, 0.0)
-            return captured, expected
+            return expected
         with Recorder() as recorder:
             expected = self._call(tokens, positions)
         steps = fuse(recorder.steps)
         if self._packed is not None:
             steps = pack_linears(steps, self._packed)
-        return compile_recording(steps, [tokens, positions], expected), expected
+        recording.replay = compile_recording(steps, [tokens, positions], expected)
+        if self.dtype not in _REPLAY_TOLERANCE:
+            recording.unchanged = write_recording(recorder.steps, [tokens, positions], expected)
+        return expected
 
     def _clock(self) -> float:
         """Seconds, when the device is done with what it was given."""
@@ -573,6 +591,8 @@ class _Recording:
 
     def __init__(self) -> None:
         self.replay: Callable[..., torch.Tensor] | None = None
+        # makes a replay of the calls as they were recorded, for checks of 16-bit models
+        self.unchanged: Callable[[], Callable[..., torch.Tensor]] | None = None
         self.refused = False
         self.checks_left = 2
         self.calls = 0
