@@ -4,7 +4,8 @@
 
 Counts over the files of `treespec bench suite` the cells of temperature, batch and category, for
 each rival that the tables "Standing of auto" name, and lists the cells below `--least`, with what a
-round's parts took there in milliseconds beyond plain decoding's in this engine.
+round's parts took there in milliseconds beyond plain decoding's in this engine. With `--same-text`
+each rival is held against `auto` only on the texts that both wrote alike.
 """
 
 from __future__ import annotations
@@ -40,14 +41,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path, help="results of `treespec bench suite`")
     parser.add_argument("--least", type=float, default=0.97, help="what counts as keeping up")
+    parser.add_argument("--same-text", action="store_true", help="only texts that both wrote alike")
     args = parser.parse_args()
+    standing = figures.standing_on_same_texts if args.same_text else figures.standing
     standings = []
     for path in args.files:
         record = json.loads(path.read_text(encoding="utf-8"))
         for cell in cells(record):
             place = f"T = {cell['temperature']:g}, batch {cell['batch']}, {cell['category']}"
             where = f"{path.stem}, {place}"
-            standings.append((where, figures.standing(record, **cell), record, cell))
+            standings.append((where, standing(record, **cell), record, cell))
     for rival in figures.RIVALS:
         ratios = [(of[rival], where, *about) for where, of, *about in standings if rival in of]
         if not ratios:

@@ -1152,6 +1152,23 @@ def test_lookups_beside_a_draft_are_charged_to_their_own_purse():
         assert lost == pytest.approx(1.3 - further / policy.rate)
 
 
+def test_a_draft_is_not_paid_for_what_lookups_brought_beside_it():
+    """So that its trials do not go on for what the lookups are worth."""
+    lost = {}
+    for kept in (0, 4):
+        for looked_up in (0, 6):
+            policy = tuned()
+            policy.begin_round([500])
+            policy._draft_purse = Mock()
+            policy._nodes_alone = 8
+            policy.observe(a_drafted_round(kept, looked_up=looked_up))
+            ((lost[kept, looked_up], _),) = (c.args for c in policy._draft_purse.pay.call_args_list)
+    alone_ms = policy.predict_round_ms(8, 0, True) - policy.now.plain_ms
+    assert alone_ms > 0.5
+    assert lost[4, 0] < lost[0, 0] - 10.0, "its own tokens count"
+    assert [lost[0, 6], lost[4, 6]] == pytest.approx([lost[0, 0] - alone_ms] * 2)
+
+
 def test_lookups_are_expected_to_bring_half_as_much_in_sampled_text():
     policy, believed = tuned(), []
     for sampled in (False, True):

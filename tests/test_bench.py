@@ -419,6 +419,52 @@ def test_standing_of_auto_by_hand(record):
     ]
 
 
+def test_standing_on_the_texts_that_both_wrote_alike(record):
+    """Every rival has its own; the fastest is the one that `auto` is least ahead of."""
+    about = {"sources": None, "shape": None}
+    record["methods"] += [
+        {"name": "auto", "family": "auto", "ours": True, **about},
+        {"name": "alike once", "family": "linear", "ours": True, **about},
+        {"name": "alike twice", "family": "linear", "ours": True, **about},
+        {"name": "never alike", "family": "linear", "ours": True, **about},
+        {"name": "peer", "family": "peer", "ours": False, **about},
+    ]
+    record["samples"] = [sample for sample in record["samples"] if sample["task"] != "c"]
+    for sample in record["samples"]:
+        sample["text"] = "x"
+    texts = {"auto": "xy", "alike once": "xx", "alike twice": "xy", "never alike": "zz"}
+    seconds = {"auto": (0.2, 0.2), "alike once": (0.1, 0.1), "alike twice": (0.3, 0.4)}
+    for name, (first, second) in {**texts, "peer": "zy"}.items():
+        a, b = seconds.get(name, (0.01, 0.02))
+        record["samples"] += [fake_sample(name, "a", a, text=first)]
+        record["samples"] += [fake_sample(name, "b", b, text=second)]
+    titles = list(figures.RIVALS)
+    # half as fast as "alike once" in the one text; over both 3.5 times as fast as "alike twice"
+    assert figures.standing_on_same_texts(record) == pytest.approx(
+        {titles[0]: 0.5 / 0.2, titles[1]: 0.1 / 0.2, titles[2]: 0.02 / 0.2}
+    )
+    code = figures.standing_on_same_texts(record, category="code & 100 %")
+    assert code == pytest.approx({titles[1]: 0.4 / 0.2, titles[2]: 0.02 / 0.2})
+    table = tables.same_text_table(record)
+    assert table.rows in [one.rows for one in tables.all_tables(record | {"kind": "suite"})]
+    assert table.rows[1][1:] == ["0.50×", "2.00×", "0.50×"] and table.rows[0][2] == "-"
+    for sample in record["samples"]:
+        sample["text"] = "x"
+    assert tables.same_text_table(record) is None, "that would be the other table once more"
+    for sample in record["samples"]:
+        del sample["text"]
+    assert figures.standing_on_same_texts(record) == {} and tables.same_text_table(record) is None
+
+
+def test_samples_tell_texts_apart(finished):
+    texts: dict[str, set] = {}
+    for sample in load(finished)["samples"]:
+        if sample["identical"]:
+            texts.setdefault(sample["task"], set()).add(sample["text"])
+    assert len(texts) > 1 and all(len(told) == 1 for told in texts.values())
+    assert len(set.union(*texts.values())) == len(texts)
+
+
 def test_standing_counts_prints_the_cells_below(record, tmp_path):
     """Of two categories one is at 0.97 or more of the shape picked by hand; the other is listed."""
     about = {"sources": None, "shape": None}
@@ -444,6 +490,13 @@ def test_standing_counts_prints_the_cells_below(record, tmp_path):
         "  0.500  results, T = 0, batch 1, prose; 1.00 tokens a round, ms draft +1.00, "
         "verify +0.00, commit +0.00",
     ]
+    for sample in record["samples"]:
+        sample["text"] = f"{sample['method'] == 'shape'}"
+    results.write_text(json.dumps(record))
+    ran = subprocess.run(
+        [sys.executable, script, results, "--same-text"], capture_output=True, text=True
+    )
+    assert ran.stdout.splitlines() == ["over plain decoding in this engine: 2 of 2 at 0.97 or more"]
 
 
 def test_ranks_and_their_correlation_by_hand():

@@ -449,7 +449,7 @@ class AutoPolicy(Policy):
             return
         now = self.now
         self._take_time(outcome)
-        predicted = self._predicted(outcome)
+        predicted, rate = self._predicted(outcome), self.rate
         lost = self._observe_rate(outcome, predicted)
         self._observe_costs(outcome)
         looked, brought = outcome.match_lengths is not None, outcome.brought_by_lookups()
@@ -463,7 +463,7 @@ class AutoPolicy(Policy):
             self._learn_draft_cost(outcome, looked)
             self.draft.learn(outcome, scores)
             self._learn_levels(outcome)
-            self._draft_purse.pay(lost, self._exploring)
+            self._draft_purse.pay(self._lost_by_draft(outcome, lost, rate), self._exploring)
             if outcome.tree.lookup is not None:
                 beside = self._lost_beside(brought, outcome.draft_levels)
                 self._lookup_purse.pay(beside, self._lookup_exploring)
@@ -480,6 +480,24 @@ class AutoPolicy(Policy):
             self._rest = rest if self.lookups.gain.value < _REPEATS else 0
         drafted = "draft" if outcome.draft_levels else "lookup" if outcome.num_nodes > 1 else ""
         self._rounds[drafted or "plain"] += 1
+
+    def _lost_by_draft(self, outcome: Outcome, lost: float, rate: float | None) -> float:
+        """The part of what a round lost, its tokens worth `1 / rate` ms each, that lookups alone
+        would not have: the draft is not paid for what they brought."""
+        if outcome.tree.lookup is None or self.now.plain_ms is None or rate is None:
+            return lost
+        tokens, alone_ms = self._by_lookups(outcome)
+        return lost - (alone_ms - self.now.plain_ms) + self._shared(tokens) / rate
+
+    def _by_lookups(self, outcome: Outcome) -> tuple[list[int], float]:
+        """Tokens of every row that lookups brought in a round, whatever the draft thought of them,
+        and milliseconds that it would have taken without the draft."""
+        plain_ms = self.now.plain_ms or 0.0
+        if outcome.tree.lookup is None:
+            return [0] * len(outcome.paths), plain_ms
+        both = zip(outcome.paths, outcome.tree.lookup.tolist())
+        tokens = [sum(looked_up[node] for node in path) for path, looked_up in both]
+        return tokens, self.predict_round_ms(self._nodes_alone, 0, True) or plain_ms
 
     def _lost_beside(self, brought: list[int], levels: int) -> float:
         """Milliseconds that lookups took beside so many levels of the draft, less what their tokens
@@ -597,12 +615,8 @@ class AutoPolicy(Policy):
             spent -= sum(extra)
         else:
             return
-        tokens, alone_ms = [len(path) - 1 for path in outcome.paths], plain_ms
-        if outcome.tree.lookup is not None:
-            looked_up = outcome.tree.lookup.tolist()
-            for row, path in enumerate(outcome.paths):
-                tokens[row] -= sum(looked_up[row][node] for node in path)
-            alone_ms = self.predict_round_ms(self._nodes_alone, 0, True) or plain_ms
+        looked_up, alone_ms = self._by_lookups(outcome)
+        tokens = [len(path) - 1 - count for path, count in zip(outcome.paths, looked_up)]
         saved = self._shared(tokens) - (min(spent, 2.0 * usual) - alone_ms) / plain_ms
         self.draft.gain.add(min(max(saved, -_MOST_GAINED), _MOST_GAINED))
 

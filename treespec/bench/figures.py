@@ -31,8 +31,8 @@ def paired_ratio(
         draws: bootstrap draws, of tasks with both their samples, seeded.
 
     Returns:
-        The ratio of all tokens over all seconds, and its 2.5 % and 97.5 % points, which one task
-            alone does not have.
+        The ratio of all tokens over all seconds, and its 2.5 % and 97.5 % points; None for one task
+            alone or without draws.
     """
 
     def ratio(places: list[int]) -> float:
@@ -41,8 +41,8 @@ def paired_ratio(
         return mine / (theirs / sum(base[k]["seconds"] for k in places))
 
     count = len(ours)
-    if count == 1:
-        return ratio([0]), None, None
+    if count == 1 or not draws:
+        return ratio(list(range(count))), None, None
     generator = random.Random(0)
     drawn = [ratio(generator.choices(range(count), k=count)) for _ in range(draws)]
     return ratio(list(range(count))), percentile(drawn, 0.025), percentile(drawn, 0.975)
@@ -112,10 +112,10 @@ def row(method: dict[str, Any], samples: list[dict], base: list[dict]) -> dict[s
     return figures
 
 
-def rows(record: dict[str, Any], **cell: Any) -> list[dict[str, Any]]:
-    """Every method's row over the tasks of a cell, in the record's order.
+def whole_turns(record: dict[str, Any], **cell: Any) -> dict[str, list[dict]]:
+    """Every method's samples over the tasks of a cell, task by task in the same order.
 
-    A turn that was cut short counts for none: every row stands on the same tasks.
+    A turn that was cut short counts for none: every method stands on the same tasks.
 
     Args:
         record: of a run.
@@ -130,13 +130,23 @@ def rows(record: dict[str, Any], **cell: Any) -> list[dict[str, Any]]:
         if sample["task"] in tasks:
             by_method.setdefault(sample["method"], {})[sample["task"]] = sample
     if BASE not in by_method:
-        return []
+        return {}
     whole = [task for task in by_method[BASE] if all(task in mine for mine in by_method.values())]
-    base = [by_method[BASE][task] for task in whole]
+    return {name: [mine[task] for task in whole] for name, mine in by_method.items() if whole}
+
+
+def rows(record: dict[str, Any], **cell: Any) -> list[dict[str, Any]]:
+    """Every method's row over the tasks of a cell, in the record's order.
+
+    Args:
+        record: of a run.
+        **cell: as of `whole_turns`.
+    """
+    samples = whole_turns(record, **cell)
     return [
-        row(method, [by_method[method["name"]][task] for task in whole], base)
+        row(method, samples[method["name"]], samples[BASE])
         for method in record["methods"]
-        if whole and method["name"] in by_method
+        if method["name"] in samples
     ]
 
 
@@ -174,6 +184,24 @@ def standing(record: dict[str, Any], **cell: Any) -> dict[str, float]:
         title: [row["speedup"] for row in found if counts(row)] for title, counts in RIVALS.items()
     }
     return {title: max(auto) / max(theirs) for title, theirs in speeds.items() if auto and theirs}
+
+
+def standing_on_same_texts(record: dict[str, Any], **cell: Any) -> dict[str, float]:
+    """`standing`, every rival on the texts that it and `auto` wrote alike. In 16 bits rounding
+    decides ties, and a text that goes on otherwise may repeat itself more or less; empty for a
+    record that does not tell texts apart."""
+    samples = whole_turns(record, **cell)
+    auto = [method for method in record["methods"] if method["family"] == "auto"]
+    if not auto or auto[0]["name"] not in samples:
+        return {}
+    found: dict[str, list[float]] = {}
+    for method in record["methods"]:
+        both = zip(samples[auto[0]["name"]], samples.get(method["name"], ()))
+        same = [pair for pair in both if pair[0].get("text") == pair[1].get("text", "")]
+        for title in (title for title, counts in RIVALS.items() if same and counts(method)):
+            ours, theirs = zip(*same)
+            found.setdefault(title, []).append(paired_ratio([*ours], [*theirs], draws=0)[0])
+    return {title: min(ratios) for title, ratios in found.items()}
 
 
 def all_rows(record: dict[str, Any]) -> list[dict[str, Any]]:

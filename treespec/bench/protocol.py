@@ -7,6 +7,7 @@ that is slow for a second is slow for all of them. The others run one after anot
 
 from __future__ import annotations
 
+import hashlib
 import random
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -328,6 +329,7 @@ class Comparison:
             "row_rounds": found.row_rounds,
             "identical": same,
             "logit_gap": gap,
+            "text": hashlib.sha256(str(found.ids.tolist()).encode()).hexdigest()[:12],
             "stats": found.stats,
         }
 

@@ -3,6 +3,7 @@ suite by category. A row that lost is shown like any other."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -234,18 +235,35 @@ def category_table(record: dict[str, Any], **cell: Any) -> Table:
 def standing_table(record: dict[str, Any], **cell: Any) -> Table | None:
     """`auto` over its rivals of a cell, by category and over all; None without `auto` or without
     rivals."""
+    return _standing_table("Standing of auto", figures.standing, record, cell)
+
+
+def same_text_table(record: dict[str, Any], **cell: Any) -> Table | None:
+    """The same on texts that both wrote alike; None where all rows of ours wrote all alike."""
+    ours = [method["name"] for method in record["methods"] if method["ours"]]
+    samples = figures.whole_turns(record, **cell)
+    told = [[one.get("text") for one in samples[name]] for name in ours if name in samples]
+    if all(texts == told[0] for texts in told):
+        return None
+    title = "Standing of auto on texts that both wrote alike"
+    return _standing_table(title, figures.standing_on_same_texts, record, cell)
+
+
+def _standing_table(
+    title: str, standing: Callable, record: dict[str, Any], cell: dict[str, Any]
+) -> Table | None:
     names = figures.categories(record)
     places = [{**cell, "category": name} for name in names if len(names) > 1] + [cell]
-    standings = [figures.standing(record, **place) for place in places]
+    standings = [standing(record, **place) for place in places]
     lines = [
-        [title, *(f"{of[title]:.2f}×" if title in of else "-" for of in standings)]
-        for title in figures.RIVALS
-        if any(title in of for of in standings)
+        [rival, *(f"{of[rival]:.2f}×" if rival in of else "-" for of in standings)]
+        for rival in figures.RIVALS
+        if any(rival in of for of in standings)
     ]
     if not lines:
         return None
     columns = ["auto over", *(place.get("category", "overall") for place in places)]
-    return Table(f"Standing of auto{_cell_name(cell)}{_label(record)}", columns, lines)
+    return Table(f"{title}{_cell_name(cell)}{_label(record)}", columns, lines)
 
 
 def rerun_table(record: dict[str, Any], other: dict[str, Any], **cell: Any) -> Table | None:
@@ -287,7 +305,7 @@ def all_tables(record: dict[str, Any]) -> list[Table]:
         made = [
             make(record, **cell)
             for cell in cells
-            for make in (full_table, category_table, standing_table)
+            for make in (full_table, category_table, standing_table, same_text_table)
         ]
         return [table for table in made if table is not None]
     ablations = [
