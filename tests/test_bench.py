@@ -380,6 +380,15 @@ def record(finished) -> dict:
     return record
 
 
+def add_methods(record: dict, **families: str) -> None:
+    """Rows by name, `_` for a blank; those of peers are not ours."""
+    record["methods"] += [
+        {"name": name.replace("_", " "), "family": family, "ours": family != "peer"}
+        | {"sources": None, "shape": None}
+        for name, family in families.items()
+    ]
+
+
 def test_rows_by_hand(record):
     plain, ours = figures.rows(record)
     # the third prompt has no sample of ours, so it counts for neither
@@ -399,13 +408,7 @@ def test_rows_by_hand(record):
 def test_standing_of_auto_by_hand(record):
     """By category and over all, over the fastest of each kind; plain `generate` is no rival."""
     assert tables.standing_table(record) is None, "nothing to hold anything against"
-    about = {"sources": None, "shape": None}
-    record["methods"] += [
-        {"name": "auto", "family": "auto", "ours": True, **about},
-        {"name": "slow shape", "family": "linear", "ours": True, **about},
-        {"name": "fast shape", "family": "best-first", "ours": True, **about},
-        {"name": "peer", "family": "peer", "ours": False, **about},
-    ]
+    add_methods(record, auto="auto", slow_shape="linear", fast_shape="best-first", peer="peer")
     seconds = {"auto": (0.2, 0.25), "slow shape": (0.8, 0.8), "fast shape": (0.1, 0.4)}
     seconds["peer"] = (0.4, 2.0)
     for name, (first, second) in seconds.items():
@@ -421,14 +424,8 @@ def test_standing_of_auto_by_hand(record):
 
 def test_standing_on_the_texts_that_both_wrote_alike(record):
     """Every rival has its own; the fastest is the one that `auto` is least ahead of."""
-    about = {"sources": None, "shape": None}
-    record["methods"] += [
-        {"name": "auto", "family": "auto", "ours": True, **about},
-        {"name": "alike once", "family": "linear", "ours": True, **about},
-        {"name": "alike twice", "family": "linear", "ours": True, **about},
-        {"name": "never alike", "family": "linear", "ours": True, **about},
-        {"name": "peer", "family": "peer", "ours": False, **about},
-    ]
+    shapes = dict.fromkeys(("alike_once", "alike_twice", "never_alike"), "linear")
+    add_methods(record, auto="auto", **shapes, peer="peer")
     record["samples"] = [sample for sample in record["samples"] if sample["task"] != "c"]
     for sample in record["samples"]:
         sample["text"] = "x"
@@ -467,11 +464,7 @@ def test_samples_tell_texts_apart(finished):
 
 def test_standing_counts_prints_the_cells_below(record, tmp_path):
     """Of two categories one is at 0.97 or more of the shape picked by hand; the other is listed."""
-    about = {"sources": None, "shape": None}
-    record["methods"] += [
-        {"name": "auto", "family": "auto", "ours": True, **about},
-        {"name": "shape", "family": "linear", "ours": True, **about},
-    ]
+    add_methods(record, auto="auto", shape="linear")
     stats = {"rounds": 5, "drafted_nodes": 20, "accepted": 5}
     stats |= {"draft_ms": 15.0, "verify_ms": 20.0, "commit_ms": 5.0}
     for name, (first, second) in {"auto": (0.2, 0.25), "shape": (0.1, 0.4)}.items():

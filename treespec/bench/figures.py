@@ -21,6 +21,12 @@ def percentile(values: list[float], share: float) -> float:
     return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
 
+def rate(samples: list[dict]) -> float:
+    """All tokens over all seconds."""
+    tokens = sum(sample["new_tokens"] for sample in samples)
+    return tokens / sum(sample["seconds"] for sample in samples)
+
+
 def paired_ratio(
     ours: list[dict], base: list[dict], draws: int = 2000
 ) -> tuple[float, float | None, float | None]:
@@ -31,18 +37,16 @@ def paired_ratio(
         draws: bootstrap draws, of tasks with both their samples, seeded.
 
     Returns:
-        The ratio of all tokens over all seconds, and its 2.5 % and 97.5 % points; None for one task
-            alone or without draws.
+        The ratio of their rates, and its 2.5 % and 97.5 % points, which one task alone does not
+            have.
     """
 
     def ratio(places: list[int]) -> float:
-        mine = sum(ours[k]["new_tokens"] for k in places) / sum(ours[k]["seconds"] for k in places)
-        theirs = sum(base[k]["new_tokens"] for k in places)
-        return mine / (theirs / sum(base[k]["seconds"] for k in places))
+        return rate([ours[k] for k in places]) / rate([base[k] for k in places])
 
     count = len(ours)
-    if count == 1 or not draws:
-        return ratio(list(range(count))), None, None
+    if count == 1:
+        return ratio([0]), None, None
     generator = random.Random(0)
     drawn = [ratio(generator.choices(range(count), k=count)) for _ in range(draws)]
     return ratio(list(range(count))), percentile(drawn, 0.025), percentile(drawn, 0.975)
@@ -72,7 +76,6 @@ def row(method: dict[str, Any], samples: list[dict], base: list[dict]) -> dict[s
         method: `name`, `ours`, `family`, `sources` and `shape` as the record holds them.
         samples, base: task by task in the same order.
     """
-    seconds = sum(sample["seconds"] for sample in samples)
     tokens = sum(sample["new_tokens"] for sample in samples)
     rates = [sample["new_tokens"] / sample["seconds"] for sample in samples]
     ratio, low, high = paired_ratio(samples, base)
@@ -81,7 +84,7 @@ def row(method: dict[str, Any], samples: list[dict], base: list[dict]) -> dict[s
     figures = {
         **method,
         "samples": len(samples),
-        "tokens_per_second": tokens / seconds,
+        "tokens_per_second": rate(samples),
         "median_tokens_per_second": statistics.median(rates),
         "p20_tokens_per_second": percentile(rates, 0.2),
         "p80_tokens_per_second": percentile(rates, 0.8),
@@ -191,16 +194,14 @@ def standing_on_same_texts(record: dict[str, Any], **cell: Any) -> dict[str, flo
     decides ties, and a text that goes on otherwise may repeat itself more or less; empty for a
     record that does not tell texts apart."""
     samples = whole_turns(record, **cell)
-    auto = [method for method in record["methods"] if method["family"] == "auto"]
-    if not auto or auto[0]["name"] not in samples:
-        return {}
+    auto = next((one["name"] for one in record["methods"] if one["family"] == "auto"), "")
     found: dict[str, list[float]] = {}
     for method in record["methods"]:
-        both = zip(samples[auto[0]["name"]], samples.get(method["name"], ()))
-        same = [pair for pair in both if pair[0].get("text") == pair[1].get("text", "")]
+        pairs = zip(samples.get(auto, ()), samples.get(method["name"], ()))
+        same = [(a, b) for a, b in pairs if "text" in a and a["text"] == b.get("text")]
         for title in (title for title, counts in RIVALS.items() if same and counts(method)):
             ours, theirs = zip(*same)
-            found.setdefault(title, []).append(paired_ratio([*ours], [*theirs], draws=0)[0])
+            found.setdefault(title, []).append(rate([*ours]) / rate([*theirs]))
     return {title: min(ratios) for title, ratios in found.items()}
 
 
