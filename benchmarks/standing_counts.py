@@ -5,7 +5,8 @@
 Counts over the files of `treespec bench suite` the cells of temperature, batch and category, for
 each rival that the tables "Standing of auto" name, and lists the cells below `--least`, with what a
 round's parts took there in milliseconds beyond plain decoding's in this engine. With `--same-text`
-each rival is held against `auto` only on the texts that both wrote alike.
+each rival is held against `auto` only on the texts that both wrote alike. Of runs with `--control`
+it counts where a second row of plain decoding kept up with the first, too.
 """
 
 from __future__ import annotations
@@ -44,13 +45,14 @@ def main() -> int:
     parser.add_argument("--same-text", action="store_true", help="only texts that both wrote alike")
     args = parser.parse_args()
     standing = figures.standing_on_same_texts if args.same_text else figures.standing
-    standings = []
+    standings, controls = [], []
     for path in args.files:
         record = json.loads(path.read_text(encoding="utf-8"))
         for cell in cells(record):
             place = f"T = {cell['temperature']:g}, batch {cell['batch']}, {cell['category']}"
             where = f"{path.stem}, {place}"
             standings.append((where, standing(record, **cell), record, cell))
+            controls.append(figures.control(record, **cell))
     for rival in figures.RIVALS:
         ratios = [(of[rival], where, *about) for where, of, *about in standings if rival in of]
         if not ratios:
@@ -60,6 +62,10 @@ def main() -> int:
         print(f"over {rival}: {kept} at {args.least:g} or more")
         for ratio, where, record, cell in below:
             print(f"  {ratio:.3f}  {where}; {beyond_plain(record, cell)}")
+    known = [ratio for ratio in controls if ratio is not None]
+    if known:
+        kept = f"{sum(ratio >= args.least for ratio in known)} of {len(known)}"
+        print(f"plain decoding again, over the first: {kept} at {args.least:g} or more")
     return 0
 
 

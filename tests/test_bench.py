@@ -422,6 +422,45 @@ def test_standing_of_auto_by_hand(record):
     ]
 
 
+def test_a_second_row_of_plain_decoding_shows_how_far_equal_rows_are_apart(record, tmp_path):
+    """It is no rival of auto, and no shape picked by hand."""
+    add_methods(record, auto="auto", shape="linear")
+    for name in ("auto", "shape"):
+        record["samples"] += [fake_sample(name, "a", 0.2), fake_sample(name, "b", 0.25)]
+    before = tables.standing_table(record).rows
+    assert figures.control(record) is None
+    add_methods(record, again="control")
+    record["samples"] += [fake_sample("again", "a", 0.1), fake_sample("again", "b", 0.26)]
+    alone = next(row["speedup"] for row in figures.rows(record) if row["name"] == "treespec plain")
+    again = next(row["speedup"] for row in figures.rows(record) if row["name"] == "again")
+    assert figures.control(record) == pytest.approx(again / alone)
+    after = tables.standing_table(record).rows
+    assert after[:-1] == before
+    prose, code = (figures.control(record, category=one) for one in figures.categories(record))
+    assert after[-1][1:3] == [f"{prose:.2f}×", f"{code:.2f}×"] and prose != code
+    results = tmp_path / "results.json"
+    results.write_text(json.dumps(record))
+    script = Path(__file__).parents[1] / "benchmarks" / "standing_counts.py"
+    ran = subprocess.run([sys.executable, script, results], capture_output=True, text=True)
+    kept = (prose >= 0.97) + (code >= 0.97)
+    assert kept == 1
+    last = "plain decoding again, over the first: 1 of 2 at 0.97 or more"
+    assert ran.stdout.splitlines()[-1] == last, ran.stderr
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_control_is_a_row_of_the_suite_where_asked_for(tmp_path, asked):
+    path = tmp_path / "run.json"
+    command = ["bench", "suite", "--temperature", "1", "--batch", "1", "--new-tokens", "4"]
+    command += ["--warm-ups", "0", "--minutes", "0.001", "--rows", "treespec plain"]
+    command += ["--output", str(path), *(["--control"] if asked else [])]
+    assert cli.main(command) == 0
+    record = load(path)
+    assert record["settings"]["control"] is asked
+    assert ("treespec plain again" in [m["name"] for m in record["methods"]]) is asked
+    assert (figures.control(record) is not None) is asked
+
+
 def test_standing_on_the_texts_that_both_wrote_alike(record):
     """Every rival has its own; the fastest is the one that `auto` is least ahead of."""
     shapes = dict.fromkeys(("alike_once", "alike_twice", "never_alike"), "linear")

@@ -53,8 +53,9 @@ _CATCH_UP_ROUNDS = 10
 _LATEST = 0.5
 # Rounds of plain decoding after one that had no draft and brought one token.
 _REST_ROUNDS = 3
-# Of them where nothing was worth asking, which the next rounds will hardly change.
-_IDLE_ROUNDS = 8
+# Of them where nothing was worth asking, which the next rounds will hardly change: at first, and at
+# most while that stays so.
+_IDLE_ROUNDS, _MOST_IDLE = 8, 32
 # A text repeats itself when asking the lookups brings this many tokens: there is no rest in it.
 _REPEATS = 0.7
 # Tokens of a continuation to begin with and at most: one that proved right to its end is followed
@@ -123,6 +124,7 @@ class AutoPolicy(Policy):
         self._prefill_ms = 0.0
         # rounds of plain decoding still to come unasked, and those that were
         self._rest = 0
+        self._idle_rounds = _IDLE_ROUNDS
         self._rested: list[Outcome] = []
         # rounds of which beliefs and purses have not heard
         self._unheard = 0
@@ -163,6 +165,7 @@ class AutoPolicy(Policy):
         self.draft.begin(self._kind, like, sampled)
         self.promises.begin(self._kind, like)
         self._draft_rounds = self._rest = 0
+        self._idle_rounds = _IDLE_ROUNDS
         self._look_ahead(0)
         self._lookup_purse.begin()
         self._draft_purse.begin()
@@ -473,13 +476,19 @@ class AutoPolicy(Policy):
             cost.add(outcome.draft_ms - outcome.draft_extra_ms)
             self._lookup_purse.pay(lost, self._lookup_exploring)
         self._lookup_exploring = False
-        if not outcome.draft_levels and outcome.new_tokens == len(outcome.paths):
-            # asking costs a share of a short round, and what did not help is not likely to do so
-            # one token later
-            rest = _REST_ROUNDS if looked else _IDLE_ROUNDS
-            self._rest = rest if self.lookups.gain.value < _REPEATS else 0
+        self._take_rest(outcome, looked)
         drafted = "draft" if outcome.draft_levels else "lookup" if outcome.num_nodes > 1 else ""
         self._rounds[drafted or "plain"] += 1
+
+    def _take_rest(self, outcome: Outcome, looked: bool) -> None:
+        """After a round that brought nothing: asking costs a share of a short round, and what did not
+        help is not likely to do so one token later."""
+        asked = looked or outcome.draft_levels > 0
+        rest, self._idle_rounds = self._idle_rounds, min(2 * self._idle_rounds, _MOST_IDLE)
+        if asked:
+            rest, self._idle_rounds = _REST_ROUNDS, _IDLE_ROUNDS
+        brought = outcome.draft_levels > 0 or outcome.new_tokens > len(outcome.paths)
+        self._rest = 0 if brought or self.lookups.gain.value >= _REPEATS else rest
 
     def _lost_by_draft(self, outcome: Outcome, lost: float, rate: float | None) -> float:
         """The part of what a round lost, its tokens worth `1 / rate` ms each, that lookups alone

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -332,9 +332,11 @@ class Engine:
     def _bare(self, roots: torch.Tensor) -> Tree:
         """Trees of nothing but their roots; all but the tokens is the same every time."""
         batch = len(roots)
-        if batch not in self._bare_trees:
-            self._bare_trees[batch] = root_only(roots)
-        return replace(self._bare_trees[batch], tokens=roots.view(batch, 1))
+        tree = self._bare_trees.get(batch)
+        if tree is None:
+            tree = self._bare_trees[batch] = root_only(roots)
+        tree.tokens = roots.view(batch, 1)
+        return tree
 
     def _for_policy(self, tree: Tree) -> Tree:
         """The tree as its policy reads it: where that would wait for one tensor after the other, on

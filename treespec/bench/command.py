@@ -49,6 +49,7 @@ def _settings(arguments: argparse.Namespace, kind: str) -> dict[str, Any]:
     }
     if kind == "suite":
         settings |= {"temperature": arguments.temperature, "batch": arguments.batch}
+        settings |= {"control": arguments.control}
     bundled = settings["target"] == "demo" and not settings["sized"]
     if settings["sized"]:
         settings["prompts"] = "random"
@@ -110,7 +111,8 @@ def build_suite(pair: Pair, settings: dict[str, Any]) -> list[Group]:
     """The suite's methods and tasks by temperature and batch."""
     from treespec.bench import methods, prompts, protocol
 
-    of_cell = methods.suite_methods(pair, _more_shapes(settings["tree"]))
+    more = _more_shapes(settings["tree"])
+    of_cell = methods.suite_methods(pair, more, settings.get("control", False))
     groups = []
     for temperature in settings["temperature"]:
         for batch in settings["batch"]:
@@ -436,6 +438,11 @@ def add_parser(commands, machine, positive: Callable[[str], int], parser_class: 
     )
     suite.add_argument(
         "--batch", nargs="+", type=positive, default=[1, 4, 8], metavar="B", help="default: 1 4 8"
+    )
+    suite.add_argument(
+        "--control",
+        action="store_true",
+        help="plain decoding a second time, which shows how far rows are apart that do the same",
     )
     suite.set_defaults(run=run_suite)
 

@@ -173,7 +173,7 @@ def categories(record: dict[str, Any]) -> list[str]:
 RIVALS: dict[str, Callable[[dict[str, Any]], bool]] = {
     "plain decoding in this engine": lambda row: row["family"] == "engine",
     "the fastest shape picked by hand": lambda row: row["ours"]
-    and row["family"] not in ("engine", "auto"),
+    and row["family"] not in ("engine", "control", "auto"),
     "the fastest other library": lambda row: not row["ours"] and row["name"] != BASE,
 }
 
@@ -187,6 +187,15 @@ def standing(record: dict[str, Any], **cell: Any) -> dict[str, float]:
         title: [row["speedup"] for row in found if counts(row)] for title, counts in RIVALS.items()
     }
     return {title: max(auto) / max(theirs) for title, theirs in speeds.items() if auto and theirs}
+
+
+def control(record: dict[str, Any], **cell: Any) -> float | None:
+    """The speed of a second row of plain decoding over that of the first: how far two rows that do
+    the same are apart. None without `--control`."""
+    speeds = {row["family"]: row["speedup"] for row in rows(record, **cell)}
+    if "control" not in speeds or "engine" not in speeds:
+        return None
+    return speeds["control"] / speeds["engine"]
 
 
 def standing_on_same_texts(record: dict[str, Any], **cell: Any) -> dict[str, float]:

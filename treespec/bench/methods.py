@@ -398,9 +398,15 @@ def reference_methods(
 
 
 def suite_methods(
-    pair: Pair, more: list[tuple[str, Shape | str]]
+    pair: Pair, more: list[tuple[str, Shape | str]], control: bool = False
 ) -> Callable[[float, int], tuple[list[Method], dict[str, str]]]:
-    """Rows of the suite by temperature and batch; our speculators serve all of them."""
+    """Rows of the suite by temperature and batch; our speculators serve all of them.
+
+    Args:
+        pair: the models.
+        more: further shapes as (name, shape or "auto").
+        control: plain decoding a second time.
+    """
     ours = [
         our_method(pair, "plain", "engine", None, None),
         our_method(pair, "linear K=4", "linear", Chain(4), "draft"),
@@ -410,6 +416,7 @@ def suite_methods(
         our_method(pair, "best-first 24/3/4", "best-first", BestFirstTree(24, 3, 4), "merged"),
         *(our_method(pair, name, "own", shape, "merged") for name, shape in more),
         our_method(pair, "auto", "auto", "auto", "merged"),
+        *([our_method(pair, "plain again", "control", None, None)] if control else []),
     ]
 
     def methods(temperature: float, batch: int) -> tuple[list[Method], dict[str, str]]:

@@ -233,9 +233,14 @@ def category_table(record: dict[str, Any], **cell: Any) -> Table:
 
 
 def standing_table(record: dict[str, Any], **cell: Any) -> Table | None:
-    """`auto` over its rivals of a cell, by category and over all; None without `auto` or without
-    rivals."""
-    return _standing_table("Standing of auto", figures.standing, record, cell)
+    """`auto` over its rivals of a cell, by category and over all, and below how far two rows of
+    plain decoding are apart, where there are two; None without `auto` or without rivals."""
+    table = _standing_table("Standing of auto", figures.standing, record, cell)
+    controls = [figures.control(record, **place) for place in _places(record, cell)]
+    if table is not None and controls[-1] is not None:
+        ratios = ["-" if ratio is None else f"{ratio:.2f}×" for ratio in controls]
+        table.rows.append(["(plain decoding again, over the first)", *ratios])
+    return table
 
 
 def same_text_table(record: dict[str, Any], **cell: Any) -> Table | None:
@@ -249,11 +254,16 @@ def same_text_table(record: dict[str, Any], **cell: Any) -> Table | None:
     return _standing_table(title, figures.standing_on_same_texts, record, cell)
 
 
+def _places(record: dict[str, Any], cell: dict[str, Any]) -> list[dict[str, Any]]:
+    """A cell's categories, and the cell."""
+    names = figures.categories(record)
+    return [{**cell, "category": name} for name in names if len(names) > 1] + [cell]
+
+
 def _standing_table(
     title: str, standing: Callable, record: dict[str, Any], cell: dict[str, Any]
 ) -> Table | None:
-    names = figures.categories(record)
-    places = [{**cell, "category": name} for name in names if len(names) > 1] + [cell]
+    places = _places(record, cell)
     standings = [standing(record, **place) for place in places]
     lines = [
         [rival, *(f"{of[rival]:.2f}×" if rival in of else "-" for of in standings)]
