@@ -481,8 +481,8 @@ class AutoPolicy(Policy):
         self._rounds[drafted or "plain"] += 1
 
     def _take_rest(self, outcome: Outcome, looked: bool) -> None:
-        """After a round that brought nothing: asking costs a share of a short round, and what did not
-        help is not likely to do so one token later."""
+        """After a round that brought nothing: asking costs a share of a short round, and what did
+        not help is not likely to do so one token later."""
         asked = looked or outcome.draft_levels > 0
         rest, self._idle_rounds = self._idle_rounds, min(2 * self._idle_rounds, _MOST_IDLE)
         if asked:

@@ -302,11 +302,11 @@ class Engine:
         deepest = max(depth, length)
         if not drafts or deepest <= 0 or room <= 0:
             return self._bare(roots), None, 0
-        growth = self.steps.make(Growth, roots, picker.implementation)
-        match_lengths = self._add_lookups(growth, sequences, length)
+        match_lengths, growth = self._look(roots, picker, sequences, length)
         levels = 0
         scores = None
-        if self.drafts and self.policy.wants_draft(growth.lookup_scores()):
+        if self.drafts and self.policy.wants_draft(_lookup_scores(growth, roots)):
+            growth = growth or self.steps.make(Growth, roots, picker.implementation)
             if (plan := self._plan(picker)) is not None:
                 levels = len(plan.children)
                 tree, scores = self._grow_ahead(growth, sequences, picker, plan)
@@ -314,7 +314,7 @@ class Engine:
                     return tree, match_lengths, levels
             else:
                 levels = self._grow_levels(growth, sequences, picker, depth)
-        if growth.count == 1:
+        if growth is None or growth.count == 1:
             return self._bare(roots), match_lengths, 0
         if scores is None:
             scores = growth.all_scores()
@@ -351,21 +351,29 @@ class Engine:
         read = (tree.num_nodes, tree.parents, tree.scores, tree.draft_rows, tree.lookup)
         return with_read(tree, self.steps(packed, *read))
 
-    def _add_lookups(
-        self, growth: Growth, sequences: Sequences, length: int
-    ) -> list[int] | None:
+    def _look(
+        self, roots: torch.Tensor, picker: TokenPicker, sequences: Sequences, length: int
+    ) -> tuple[list[int] | None, Growth | None]:
+        """Asks the lookups, if that is wanted: how many last tokens of every row they matched, and
+        the growth of what they found, if it becomes candidates."""
         if not self.lookups or not self.policy.wants_lookup():
-            return None
+            return None, None
         proposals = [source.propose(sequences, length) for source in self.lookups]
         match_lengths = [max(lengths) for lengths in zip(*(p.match_lengths for p in proposals))]
-        if self.policy.wants_matches(match_lengths):
-            continuations = torch.cat([p.continuations for p in proposals], dim=1)
-            # a source may propose anything, even tokens that the target does not have
-            continuations = continuations.masked_fill(continuations >= self.target.vocab_size, -1)
-            chances = np.maximum(self.policy.lookup_chances(match_lengths, length), 1e-9)
-            weights = floats_on_device(chances, continuations.device)
-            self.steps.on(growth, Growth.add_lookups, continuations, weights)
-        return match_lengths
+        if not self.policy.wants_matches(match_lengths):
+            return match_lengths, None
+        growth = self.steps.make(Growth, roots, picker.implementation)
+        lines = [
+            self.steps(_run_on, p.continuations) if p.runs_on else p.continuations
+            for p in proposals
+        ]
+        continuations = torch.cat(lines, dim=1)
+        # a source may propose anything, even tokens that the target does not have
+        continuations = continuations.masked_fill(continuations >= self.target.vocab_size, -1)
+        chances = np.maximum(self.policy.lookup_chances(match_lengths, length), 1e-9)
+        weights = floats_on_device(chances, continuations.device)
+        self.steps.on(growth, Growth.add_lookups, continuations, weights)
+        return match_lengths, growth
 
     def _plan(self, picker: TokenPicker) -> _LevelPlan | None:
         """The levels of this round, if they can be grown without a look at them; else None."""
@@ -586,6 +594,18 @@ def _grow_levels_ahead(
         return torch.cat([*reached, likeliest], dim=1)
     tree = growth.select(plan.max_nodes, max(len(plan.children), _DEEP), (plan.max_nodes,))
     return tree, _placed(lens, tree.depths)
+
+
+def _run_on(continuations: torch.Tensor) -> torch.Tensor:
+    """Continuations that end before their time begin anew."""
+    known = (continuations >= 0).sum(2, keepdim=True).clamp_min_(1)
+    steps = torch.arange(continuations.shape[2], device=continuations.device)
+    return continuations.gather(2, steps % known)
+
+
+def _lookup_scores(growth: Growth | None, roots: torch.Tensor) -> torch.Tensor:
+    """Those of the looked-up nodes; no column where there are none."""
+    return roots.new_empty(len(roots), 0) if growth is None else growth.lookup_scores()
 
 
 def _placed(lens: torch.Tensor, depths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

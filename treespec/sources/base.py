@@ -54,10 +54,12 @@ class Proposal:
     Attributes:
         continuations: int64 `[B, M, L]`, -1 padded; the likelier first.
         match_lengths: per row how many last tokens the lookup matched; 0 where it found nothing.
+        runs_on: continuations that end before their time begin anew, as in LZ77.
     """
 
     continuations: torch.Tensor
     match_lengths: list[int]
+    runs_on: bool = False
 
 
 class DraftSource(ABC):  # noqa: B024 - its two kinds have the abstract methods

@@ -3,6 +3,7 @@ Saxena 2023)."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from treespec.kernels import ops
@@ -25,8 +26,24 @@ class NgramSource(OneShotSource):
     def __init__(self, max_ngram: int = 8, num_matches: int = 4) -> None:
         self.max_ngram = max_ngram
         self.num_matches = num_matches
+        # of the rows, where their tokens are on the host anyway
+        self._histories: list[_History] = []
+
+    def begin(self, sequences: Sequences, capacity: int) -> None:
+        on_host = sequences.tokens.device.type == "cpu" and not sequences.steps.captured
+        self._histories = [_History() for _ in sequences.lens] if on_host else []
+
+    def drop_row(self, row: int) -> None:
+        if self._histories:
+            self._histories[row] = self._histories[-1]
+            self._histories.pop()
+
+    def end(self) -> None:
+        self._histories = []
 
     def propose(self, sequences: Sequences, length: int) -> Proposal:
+        if self._histories:
+            return self._propose_on_host(sequences, length)
         continuations, match_lengths = sequences.steps(
             _matches,
             sequences.tokens,
@@ -36,10 +53,65 @@ class NgramSource(OneShotSource):
             length,
             "triton" if sequences.steps.captured else "auto",
         )
-        found = match_lengths.tolist()
-        if any(found):
-            continuations = sequences.steps(_run_on, continuations)
-        return Proposal(continuations, found)
+        return Proposal(continuations, match_lengths.tolist(), runs_on=True)
+
+    def _propose_on_host(self, sequences: Sequences, length: int) -> Proposal:
+        """What `ops.match_ngrams` finds, by few steps: between two forwards all code is cold."""
+        shape = len(sequences.lens), self.num_matches, length
+        continuations = np.full(shape, -1, np.int64)
+        match_lengths = []
+        for row, (history, count) in enumerate(zip(self._histories, sequences.lens)):
+            history.follow(sequences.tokens[row], count)
+            matched, ends = history.match(self.max_ngram, self.num_matches)
+            match_lengths.append(matched)
+            for slot, end in enumerate(ends):
+                following = history.tokens[end + 1 : end + 1 + length]
+                continuations[row, slot, : len(following)] = following
+        return Proposal(torch.from_numpy(continuations), match_lengths, runs_on=True)
+
+
+class _History:
+    """A text, and where each of its tokens stands.
+
+    Attributes:
+        tokens: of the text so far.
+    """
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self._places: dict[int, list[int]] = {}
+
+    def follow(self, text: torch.Tensor, count: int) -> None:
+        """Takes in what was written since the last time.
+
+        Args:
+            text: int64 `[S]`.
+            count: of its tokens that are committed.
+        """
+        new = text[len(self.tokens) : count].tolist()
+        for place, token in enumerate(new, len(self.tokens)):
+            self._places.setdefault(token, []).append(place)
+        self.tokens += new
+
+    def match(self, max_ngram: int, num_matches: int) -> tuple[int, list[int]]:
+        """The most last tokens that stand elsewhere too, and where they end there, the latest
+        first."""
+        tokens, last = self.tokens, len(self.tokens) - 1
+        longest, ends = 0, []
+        places = self._places[tokens[last]]  # the last of them is the last token's own
+        for end in reversed(places[:-1]):
+            matched = 1
+            while matched < max_ngram and matched <= end:
+                if tokens[end - matched] != tokens[last - matched]:
+                    break
+                matched += 1
+            if matched > longest:
+                longest, ends = matched, [end]
+            elif matched == longest and len(ends) < num_matches:
+                ends.append(end)
+            if longest == max_ngram and len(ends) == num_matches:
+                break
+        return longest, ends
 
 
 def _matches(
@@ -58,10 +130,3 @@ def _matches(
         length=length,
         implementation=implementation,
     )
-
-
-def _run_on(continuations: torch.Tensor) -> torch.Tensor:
-    """Continuations that end before their time begin anew."""
-    known = (continuations >= 0).sum(2, keepdim=True).clamp_min_(1)
-    steps = torch.arange(continuations.shape[2], device=continuations.device)
-    return continuations.gather(2, steps % known)
