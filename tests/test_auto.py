@@ -516,24 +516,6 @@ def test_trials_that_gain_go_on_and_one_that_lost_is_the_last_of_its_text():
     assert purse.allows(0.1), "3 ms are 0.5 % of 600"
 
 
-def test_what_failed_often_is_tried_half_as_often_in_later_texts_too():
-    def waits(purse: Purse) -> float:
-        """Milliseconds until the next trial after one that lost 3 ms."""
-        purse.pay(3.0, trial=True)
-        purse.begin()
-        waited = 0.0
-        while not purse.allows(0.1):
-            purse.pass_time(100.0)
-            waited += 100.0
-        return waited
-
-    purse = Purse()
-    purse.pass_time(1e6)
-    assert [waits(purse) for _ in range(5)] == [0.0, 0.0, 0.0, 1200.0, 1200.0]
-    purse.pay(-1.0, trial=True)
-    assert waits(purse) == 0.0, "one that gained"
-
-
 LATELY, HERE = (0.01, math.inf), (math.inf, 0.02)
 
 
@@ -1237,18 +1219,22 @@ def test_rest_is_longer_where_nothing_was_worth_asking():
     assert rests[0] > rests[1] > 0
 
 
-def test_rests_grow_while_nothing_is_worth_asking_and_are_short_again_after_a_look():
+@pytest.mark.parametrize("sampled", [True, False])
+def test_rests_grow_while_nothing_is_worth_asking_in_sampled_text(sampled):
+    """Greedy text may repeat itself at any time."""
     policy = tuned()
+    policy.begin(100, sampled)
     policy.lookups.gain = Belief(0.1, 1000.0)
     rests = []
     for looked in (None, None, None, None, [0], None, None):
         policy._rest = 0
         policy.begin_round([500])
-        policy.observe(a_plain_round(match_lengths=looked))
+        policy.observe(a_plain_round(match_lengths=looked, sampled=sampled))
         rests.append(policy._rest)
-    first, look = rests[0], rests[4]
-    assert rests == [first, 2 * first, 4 * first, 4 * first, look, first, 2 * first]
-    policy.begin(100, True)
+    first, look, more = rests[0], rests[4], 2 if sampled else 1
+    again = [first, more * first]
+    assert rests == [*again, more**2 * first, more**2 * first, look, *again] and look < first
+    policy.begin(100, sampled)
     policy.begin_round([500])
     policy.observe(a_plain_round())
     assert policy._rest == first, "a new text"

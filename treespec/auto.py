@@ -54,7 +54,7 @@ _LATEST = 0.5
 # Rounds of plain decoding after one that had no draft and brought one token.
 _REST_ROUNDS = 3
 # Of them where nothing was worth asking, which the next rounds will hardly change: at first, and at
-# most while that stays so.
+# most while that stays so in sampled text.
 _IDLE_ROUNDS, _MOST_IDLE = 8, 32
 # A text repeats itself when asking the lookups brings this many tokens: there is no rest in it.
 _REPEATS = 0.7
@@ -484,9 +484,10 @@ class AutoPolicy(Policy):
         """After a round that brought nothing: asking costs a share of a short round, and what did
         not help is not likely to do so one token later."""
         asked = looked or outcome.draft_levels > 0
-        rest, self._idle_rounds = self._idle_rounds, min(2 * self._idle_rounds, _MOST_IDLE)
-        if asked:
-            rest, self._idle_rounds = _REST_ROUNDS, _IDLE_ROUNDS
+        rest = _REST_ROUNDS if asked else self._idle_rounds
+        # greedy text may repeat itself at any time
+        longer = outcome.sampled and not asked
+        self._idle_rounds = min(2 * rest, _MOST_IDLE) if longer else _IDLE_ROUNDS
         brought = outcome.draft_levels > 0 or outcome.new_tokens > len(outcome.paths)
         self._rest = 0 if brought or self.lookups.gain.value >= _REPEATS else rest
 

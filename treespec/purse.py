@@ -8,9 +8,6 @@ _EXPLORATION = 0.005
 _SAVINGS = 0.01
 # What a round's time and losses still count after the next one.
 _MEMORY = 0.998
-# Trials without a gain after which a source has failed often, and how much longer the wait for the
-# next one is then, in later texts too.
-_OFTEN, _LONGER = 4, 2.0
 
 
 class Purse:
@@ -22,14 +19,11 @@ class Purse:
 
     def __init__(self) -> None:
         self._lost = self._elapsed = self._wait = 0.0
-        self._failed = 0
         self.begin()
 
     def begin(self) -> None:
-        """A new text: what has failed may not fail now, unless it failed often."""
-        if self._failed < _OFTEN:
-            self._wait = 0.0
-        self._lost_here = self._elapsed_here = 0.0
+        """A new text: what has failed may not fail now."""
+        self._wait = self._lost_here = self._elapsed_here = 0.0
 
     def pass_time(self, milliseconds: float, rounds: int = 1) -> None:
         """Rounds are over that took so long together."""
@@ -62,9 +56,5 @@ class Purse:
         """What a round cost beyond what it brought; below 0 if it gained."""
         self._lost = max(self._lost + lost_ms, -_SAVINGS * self._elapsed)
         self._lost_here += lost_ms
-        if lost_ms <= 0:
-            self._failed = 0
         if trial:
-            self._failed += lost_ms > 0
-            often = self._failed >= _OFTEN
-            self._wait = (_LONGER if often else 1.0) * lost_ms / _EXPLORATION
+            self._wait = lost_ms / _EXPLORATION
