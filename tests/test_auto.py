@@ -388,6 +388,7 @@ def test_a_width_measured_in_a_busy_moment_is_tried_again_some_texts_later():
     costs.add(8, 40.0)
     for _ in range(40):
         costs.begin()
+        costs.add(1, 5.0)
         costs.add(16, 12.0)
     assert costs.at(8) < 13.0
     assert costs.at(8) > 6.0, "doubt makes no width as cheap as one node"
@@ -425,6 +426,46 @@ def test_widths_in_use_leave_the_costs_of_others_alone():
             for nth in range(30):
                 costs.add(size, milliseconds * (1.0 if nth % 5 else 1.4))
     assert costs.at(8) / costs.at(1) == pytest.approx(1.25, rel=0.02)
+
+
+def test_plain_decoding_takes_no_longer_than_a_wider_verification():
+    costs = VerifyCosts(1, {1: 60.0, 8: 15.0})
+    assert costs.at(1) == 15.0
+    costs.begin()
+    assert costs.at(8) <= 15.0, "nor does it make others dearer"
+    costs.add(1, 5.0)
+    assert costs.at(1) == pytest.approx(5.0) and costs.at(8) == pytest.approx(15.0)
+
+
+def test_plain_decoding_measured_in_a_busy_moment_is_measured_again_some_texts_later():
+    """Where it seems dear every draft seems to gain, so that no round would tell."""
+    costs = VerifyCosts(1)
+    for _ in range(20):
+        costs.add(1, 14.0)
+        costs.add(8, 15.0)
+    for _ in range(12):
+        costs.begin()
+        for _ in range(20):
+            costs.add(8, 15.0, drafted=True)
+    assert costs.at(1) < 7.0
+    costs.add(1, 5.0)
+    assert costs.at(1) == pytest.approx(5.0), "what was doubted gives way at once"
+    costs.add(1, 50.0)
+    assert costs.at(1) < 10.0, "and is then believed"
+
+
+def test_plain_decoding_that_is_measured_in_every_text_is_not_doubted():
+    costs = VerifyCosts(1)
+    for _ in range(20):
+        costs.add(1, 5.0)
+    for _ in range(12):
+        costs.begin()
+        costs.add(1, 5.0)
+    few = VerifyCosts(1)
+    few.add(1, 5.0)
+    for each in (costs, few):
+        each.begin()
+        assert each.at(1) == pytest.approx(5.0)
 
 
 def test_of_two_widths_the_one_that_was_measured_more_often_is_believed():
@@ -1377,10 +1418,12 @@ def test_what_asking_led_to_in_earlier_texts_says_what_a_prompt_may_cost():
     for _ in range(3):
         # the draft was asked once, and not again
         policy._draft_rounds = 1
+        policy.now.verify.add(1, 4.0)
         policy.begin(600, False)
     assert not asks(600) and asks(20)
     for _ in range(3):
         policy._draft_rounds = 40
+        policy.now.verify.add(1, 4.0)
         policy.begin(600, False)
     assert asks(600)
     policy.begin(600, False, prefill_ms=50.0)

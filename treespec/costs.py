@@ -22,6 +22,8 @@ _SURE = 10
 _MOST = 40.0
 # What a size's measurements count for after a text that made none.
 _STALE = 0.5
+# Plain decoding that seems this much dearer than a wider verification was measured in a busy moment.
+_TOO_DEAR = 1.25
 # No part of a round takes less: a time that is what others left of it could be none at all.
 _LEAST_MS = 1e-3
 # The part of an error that is corrected at once, of what draft levels cost.
@@ -130,6 +132,8 @@ class VerifyCosts:
         # settled measurements of every size, and the sizes measured in this text
         self._counts = dict.fromkeys(self.times, _MOST)
         self._fresh: set[int] = set()
+        # plain decoding was not measured for long
+        self._plain_doubted = False
         # of forwards that were not recorded yet, used until there is better
         self._early: dict[int, float] = {}
         # through what was known at the last measurement, and what was read off it
@@ -139,13 +143,27 @@ class VerifyCosts:
     def begin(self) -> None:
         """A new text begins, for which times measured seldom, or long ago, are doubted."""
         self._curve = None
+        plain = self._plain()
         for size, count in self._counts.items():
-            if size > 1 and size not in self._fresh:
+            if size not in self._fresh:
                 self._counts[size] = count = max(_STALE * count, 1.0)
-            if size > 1 and count < _SURE and 1 in self.times:
-                usual, least = self.times[size], self.times[1] * self._prior(size) / self._prior(1)
-                self.times[size] = max(_DOUBT * usual, min(usual, least), self.times[1])
+            if plain is None or count >= _SURE:
+                continue
+            usual, least = self.times[size], plain * self._prior(size) / self._prior(1)
+            if size > 1:
+                self.times[size] = max(_DOUBT * usual, min(usual, least), plain)
+            elif size not in self._fresh:
+                # where it was taken for dear in a busy moment everything seems to gain
+                self.times[size], self._plain_doubted = _DOUBT * plain, True
         self._fresh.clear()
+
+    def _is_doubtful(self, plain: float) -> bool:
+        """Whether this time of plain decoding gives way to the next measurement."""
+        return self._plain_doubted or plain > _TOO_DEAR * min(self.times.values())
+
+    def _plain(self) -> float | None:
+        """Plain decoding's time at a pace of one: no wider verification takes less."""
+        return min(self.times.values()) if 1 in self.times else None
 
     def add(
         self, num_nodes: int, milliseconds: float, settled: bool = True, drafted: bool = False
@@ -159,6 +177,8 @@ class VerifyCosts:
             return
         self._fresh.add(num_nodes)
         usual = self.times.get(num_nodes)
+        if num_nodes == 1 and usual is not None and self._is_doubtful(usual):
+            self._plain_doubted, usual = False, None
         if usual is None:
             self.times[num_nodes] = milliseconds / self.pace
             self._counts[num_nodes] = 1.0
@@ -175,8 +195,8 @@ class VerifyCosts:
 
     def at(self, num_nodes: int) -> float | None:
         """Measured, or on a line between what was measured; None before any measurement."""
-        if num_nodes == 1 and 1 in self.times:
-            return self.pace * self.times[1]
+        if num_nodes == 1 and (plain := self._plain()) is not None:
+            return self.pace * plain
         if self._curve is not None and num_nodes in self._read:
             return self._read[num_nodes]
         known = self.times or self._early
@@ -190,7 +210,9 @@ class VerifyCosts:
         else:
             factor = 1.0
         if self._curve is None:
-            rising = never_falling(self.times, self._counts) if self.times else known
+            plain = self._plain()
+            known = known if plain is None else {**known, 1: plain}
+            rising = never_falling(known, self._counts) if self.times else known
             self._curve = CostCurve(rising)
             self._read.clear()
         found = self._read[num_nodes] = self.pace * factor * self._curve.at(num_nodes)
