@@ -22,7 +22,7 @@ _SURE = 10
 _MOST = 40.0
 # What a size's measurements count for after a text that made none.
 _STALE = 0.5
-# Plain decoding that seems this much dearer than a wider verification was measured in a busy moment.
+# Plain decoding that seems so much dearer than a wider verification was measured in a busy moment.
 _TOO_DEAR = 1.25
 # No part of a round takes less: a time that is what others left of it could be none at all.
 _LEAST_MS = 1e-3
