@@ -117,8 +117,8 @@ class RunningTime:
 
 class VerifyCosts:
     """Milliseconds of a verification by its number of nodes, times a pace that all sizes share: the
-    text grows longer, the machine busier. Plain decoding's own time, once it is known, stays:
-    the pace says what it takes now.
+    text grows longer, the machine busier. Plain decoding's own time, once it is known, stays unless
+    texts go by that do not measure it: the pace says what it takes now.
 
     Args:
         rows: sequences verified together.
@@ -210,10 +210,9 @@ class VerifyCosts:
         else:
             factor = 1.0
         if self._curve is None:
-            plain = self._plain()
-            known = known if plain is None else {**known, 1: plain}
-            rising = never_falling(known, self._counts) if self.times else known
-            self._curve = CostCurve(rising)
+            if (plain := self._plain()) is not None:
+                known = {**known, 1: plain}
+            self._curve = CostCurve(never_falling(known, self._counts) if self.times else known)
             self._read.clear()
         found = self._read[num_nodes] = self.pace * factor * self._curve.at(num_nodes)
         return found
