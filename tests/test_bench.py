@@ -561,6 +561,34 @@ def test_a_rerun_is_held_against_the_first_run(finished, tmp_path, capsys):
     assert "--against: " in capsys.readouterr().err
 
 
+def test_rows_that_change_places_by_hand(record):
+    """A pair that changed places counts against a table where both runs tell it apart; and a task
+    of one run alone counts for nothing."""
+    add_methods(record, steady="tree", near="tree")
+    record["samples"] = [one for one in record["samples"] if one["task"] != "c"]
+
+    def run(*near: float) -> dict:
+        times = {"steady": (0.7, 0.7), "near": near}
+        made = [
+            fake_sample(name, task, time)
+            for name, both in times.items()
+            for task, time in zip("ab", both)
+        ]
+        return {**record, "samples": record["samples"] + made}
+
+    slower, mixed, faster = run(0.9, 0.9), run(0.6, 0.7), run(0.6, 0.6)
+    assert figures.order_changes(slower, run(0.8, 0.8)) == {}
+    assert figures.order_changes(slower, mixed) == {("steady", "near"): False}
+    assert figures.order_changes(mixed, slower) == {("near", "steady"): False}
+    assert figures.order_changes(slower, faster) == {("steady", "near"): True}
+    note = tables.rerun_table(slower, faster).note
+    assert "1 of 6 pairs in another order, 1 of which both runs tell apart" in note
+    assert "interval of their ratio): steady and near;" in note
+    for method in ("steady", "near", "transformers plain", "treespec plain"):
+        faster["samples"].append(fake_sample(method, "c", 99.0 if method == "near" else 0.1))
+    assert tables.rerun_table(slower, faster).note == note
+
+
 def test_latex_is_escaped_and_markdown_is_kept_in_its_cells(record):
     record["methods"][1]["name"] = record["samples"][1]["method"] = "a_b|50%"
     record["samples"][3]["method"] = "a_b|50%"

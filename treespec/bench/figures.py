@@ -3,6 +3,7 @@ Python: a record read from JSON is all it needs."""
 
 from __future__ import annotations
 
+import itertools
 import random
 import statistics
 from collections.abc import Callable
@@ -67,6 +68,12 @@ def rank_correlation(first: list[float], second: list[float]) -> float | None:
         return statistics.correlation(ranks(first), ranks(second))
     except statistics.StatisticsError:
         return None
+
+
+def is_clearly_faster(ours: list[dict], theirs: list[dict]) -> bool:
+    """Whether the 95 % interval of the ratio of two rows lies above 1; not for one task."""
+    low = paired_ratio(ours, theirs)[1]
+    return low is not None and low > 1.0
 
 
 def row(method: dict[str, Any], samples: list[dict], base: list[dict]) -> dict[str, Any]:
@@ -151,6 +158,34 @@ def rows(record: dict[str, Any], **cell: Any) -> list[dict[str, Any]]:
         for method in record["methods"]
         if method["name"] in samples
     ]
+
+
+def on_shared_tasks(record: dict[str, Any], other: dict[str, Any]) -> list[dict[str, Any]]:
+    """Two records with no samples but those of tasks that both have samples of."""
+    shared = set.intersection(
+        *({sample["task"] for sample in each["samples"]} for each in (record, other))
+    )
+    return [
+        {**each, "samples": [one for one in each["samples"] if one["task"] in shared]}
+        for each in (record, other)
+    ]
+
+
+def order_changes(
+    record: dict[str, Any], other: dict[str, Any], **cell: Any
+) -> dict[tuple[str, str], bool]:
+    """Pairs of the rows that two records share, the faster one in the first record being the slower
+    one in the other: with whether both records tell them clearly apart, and so contradict each
+    other."""
+    first, second = whole_turns(record, **cell), whole_turns(other, **cell)
+    changes = {}
+    for one, another in itertools.combinations([name for name in first if name in second], 2):
+        if rate(first[one]) < rate(first[another]):
+            one, another = another, one
+        if rate(second[one]) < rate(second[another]):
+            apart = is_clearly_faster(first[one], first[another])
+            changes[one, another] = apart and is_clearly_faster(second[another], second[one])
+    return changes
 
 
 def cells(record: dict[str, Any]) -> list[dict[str, Any]]:

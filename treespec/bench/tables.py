@@ -277,7 +277,9 @@ def _standing_table(
 
 
 def rerun_table(record: dict[str, Any], other: dict[str, Any], **cell: Any) -> Table | None:
-    """Speedups and places of the rows that two records share; None where there are none."""
+    """Speedups and places of the rows that two records share, on the tasks that both have samples
+    of; None where there are none."""
+    record, other = figures.on_shared_tasks(record, other)
     theirs = {row["name"]: row["speedup"] for row in figures.rows(other, **cell)}
     ours = {
         row["name"]: row["speedup"]
@@ -294,13 +296,22 @@ def rerun_table(record: dict[str, Any], other: dict[str, Any], **cell: Any) -> T
         )
     ]
     commits = [each["environment"]["commit"] for each in (record, other)]
+    changes = figures.order_changes(record, other, **cell)
+    pairs = len(ours) * (len(ours) - 1) // 2
+    clear = [f"{one} and {another}" for (one, another), is_clear in changes.items() if is_clear]
     return Table(
         f"Twice the same table{_cell_name(cell)}{_label(record)}",
         ["method", "speedup", "speedup of the other", "place", "place of the other"],
         lines,
         f"Spearman's rank correlation {_number(figures.rank_correlation(first, second))} over "
-        f"{len(ours)} rows; commits {commits[0]} and {commits[1]}.",
+        f"{len(ours)} rows; {len(changes)} of {pairs} pairs in another order, {len(clear)} of "
+        f"which both runs tell apart (95 % interval of their ratio){_listed(clear)}; commits "
+        f"{commits[0]} and {commits[1]}.",
     )
+
+
+def _listed(names: list[str]) -> str:
+    return f": {', '.join(names)}" if names else ""
 
 
 def not_run_note(record: dict[str, Any]) -> str:
