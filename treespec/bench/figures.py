@@ -160,14 +160,17 @@ def rows(record: dict[str, Any], **cell: Any) -> list[dict[str, Any]]:
     ]
 
 
-def on_shared_tasks(record: dict[str, Any], other: dict[str, Any]) -> list[dict[str, Any]]:
-    """Two records with no samples but those of tasks that both have samples of."""
-    shared = set.intersection(
-        *({sample["task"] for sample in each["samples"]} for each in (record, other))
+def on_shared_tasks(
+    record: dict[str, Any], other: dict[str, Any], **cell: Any
+) -> list[dict[str, Any]]:
+    """Two records with no samples but those of a cell's tasks whose turns both finished."""
+    both = (record, other)
+    first, second = (
+        {sample["task"] for sample in whole_turns(each, **cell).get(BASE, [])} for each in both
     )
     return [
-        {**each, "samples": [one for one in each["samples"] if one["task"] in shared]}
-        for each in (record, other)
+        {**each, "samples": [one for one in each["samples"] if one["task"] in first & second]}
+        for each in both
     ]
 
 

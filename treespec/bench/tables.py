@@ -277,9 +277,9 @@ def _standing_table(
 
 
 def rerun_table(record: dict[str, Any], other: dict[str, Any], **cell: Any) -> Table | None:
-    """Speedups and places of the rows that two records share, on the tasks that both have samples
-    of; None where there are none."""
-    record, other = figures.on_shared_tasks(record, other)
+    """Speedups and places of the rows that two records share, on the tasks that both finished; None
+    where there are none."""
+    record, other = figures.on_shared_tasks(record, other, **cell)
     theirs = {row["name"]: row["speedup"] for row in figures.rows(other, **cell)}
     ours = {
         row["name"]: row["speedup"]
