@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 
@@ -74,8 +75,19 @@ def _top(scores: torch.Tensor, top_k: int | torch.Tensor) -> tuple[torch.Tensor,
     """The greatest scores of every row, descending, and the one that top-k keeps last, [K, 1]."""
     count = scores.shape[1]
     if not isinstance(top_k, torch.Tensor):
-        descending = scores.topk(min(int(top_k) or count, count)).values
+        descending = _greatest(scores, min(int(top_k) or count, count))
         return descending, descending[:, -1:]
     top_k = torch.where(top_k > 0, top_k, count).clamp(max=count).long()
-    descending = scores.topk(int(top_k.max()) if len(top_k) else 1).values
+    descending = _greatest(scores, int(top_k.max()) if len(top_k) else 1)
     return descending, descending.gather(1, top_k - 1)
+
+
+def _greatest(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """The greatest of every row, descending, [K, count]."""
+    if scores.device.type != "cpu":
+        return scores.topk(count).values
+    # NumPy sorts with vector instructions, in a tenth of the time or less.
+    values, others = scores.detach().numpy(), scores.shape[1] - count
+    if others:
+        values = np.partition(values, others, axis=1)[:, others:]
+    return torch.from_numpy(np.sort(values, axis=1)[:, ::-1].copy())
