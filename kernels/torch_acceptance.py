@@ -39,7 +39,7 @@ def verify_greedy(
     if logits.device.type == "cpu" and logits.numel() <= _SMALL:
         rows = logits.reshape(-1, logits.shape[2])
         rows = rows if rows.dtype == torch.float64 else rows.float()
-        choices = _finite_argmax(rows.numpy()).reshape(tokens.shape).tolist()
+        choices = finite_argmax(rows.numpy()).reshape(tokens.shape).tolist()
 
         def choose(b: Sequence[int], nodes: Sequence[int]) -> list[int]:
             return [choices[row][node] for row, node in zip(b, nodes)]
@@ -47,9 +47,9 @@ def verify_greedy(
         read = _row_reader(logits)
 
         def choose(b: Sequence[int], nodes: Sequence[int]) -> list[int]:
-            return _finite_argmax(read(b, nodes)).tolist()
+            return finite_argmax(read(b, nodes)).tolist()
 
-    return _follow(choose, tokens, parents, num_nodes)
+    return _followed(choose, tokens, parents, num_nodes)
 
 
 def verify_sampled(
@@ -97,9 +97,9 @@ def verify_sampled(
                 shared = made(b, here + 1, SHARED_STREAM)
             else:
                 shared = at_hand(b, here - places[b, 0])
-            return _finite_argmax(scores_of(b, nodes) + shared).tolist()
+            return finite_argmax(scores_of(b, nodes) + shared).tolist()
 
-        return _follow(choose, tokens, parents, num_nodes)
+        return _followed(choose, tokens, parents, num_nodes)
 
     def target_probs(b: Sequence[int], nodes: Sequence[int]) -> np.ndarray:
         # Of nothing but -inf, or with NaN or inf, all are NaN.
@@ -180,20 +180,25 @@ def _row_reader(
     )
 
 
-def _finite_argmax(scores: np.ndarray) -> np.ndarray:
+def finite_argmax(scores: np.ndarray) -> np.ndarray:
     """The lowest index of each row's greatest value; -1 where one is NaN or none is above -inf."""
     index = scores.argmax(1)
     return np.where(scores[np.arange(len(index)), index] > -np.inf, index, -1)
 
 
-def _follow(
+def follow(
     choose: Callable[[Sequence[int], Sequence[int]], list[int]],
     tokens: torch.Tensor,
     parents: torch.Tensor,
     num_nodes: torch.Tensor,
-) -> Verdict:
-    """Level by level, descend to the child that carries ``choose(rows, nodes)`` while one does."""
-    batch, capacity = tokens.shape
+) -> tuple[list[list[int]], list[int]]:
+    """Level by level, descends to the child that carries ``choose(rows, nodes)`` while one does.
+
+    Returns:
+        The path of every row from the root on, and its bonus token, -1 where it could not be
+        decided.
+    """
+    batch = len(tokens)
     # Filled backwards, so that the lowest of equal siblings stays.
     children = [
         {(above[node], carried[node]): node for node in range(count - 1, 0, -1)}
@@ -214,6 +219,13 @@ def _follow(
                 still.append(b)
                 below.append(child)
         active, nodes = still, below
+    return path, bonus_token
+
+
+def _followed(choose, tokens, parents, num_nodes) -> Verdict:
+    """The verdict of ``follow``."""
+    path, bonus_token = follow(choose, tokens, parents, num_nodes)
+    batch, capacity = tokens.shape
     padded = [nodes + [-1] * (capacity - len(nodes)) for nodes in path]
     accept_length = [max(len(nodes) - 1, 0) for nodes in path]
     results = (

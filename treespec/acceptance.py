@@ -76,21 +76,57 @@ def decide(
     Raises:
         ValueError: if no token can be picked because scores are NaN or all -inf.
     """
-    # the one host read of a round
-    read = picker.told(logits, tree, [text.position for text in rows]).tolist()
-    size = tree.tokens.shape[1]
-    if size > 1 and any(values[-1] for values in read):
+    positions = [text.position for text in rows]
+    read = (_followed if picker.follows(tree) else _told)(logits, tree, picker, positions)
+    if read is None:
         return None
     verdicts = []
-    for row, (values, text) in enumerate(zip(read, rows)):
-        accepted, bonus, num_nodes = values[:3]
-        path, carried = values[3 : 4 + accepted], values[4 + size : 4 + size + accepted]
-        verdict = _cut(path, [*carried, bonus], logits[row], picker, row, text)
+    for row, ((path, tokens, num_nodes, draft_rows), text) in enumerate(zip(read, rows)):
+        verdict = _cut(path, tokens, logits[row], picker, row, text)
         verdict.num_nodes = num_nodes
-        if tree.draft_rows is not None:
-            verdict.draft_rows = values[4 + 2 * size :][: len(verdict.path) - 1]
+        verdict.draft_rows = draft_rows[: len(verdict.path) - 1]
         verdicts.append(verdict)
     return verdicts
+
+
+# Of a row: the path, the tokens picked along it, the nodes of its tree, and the draft's rows of
+# those of the path behind the root.
+_Read = tuple[list[int], list[int], int, list[int]]
+
+
+def _told(
+    logits: torch.Tensor, tree: Tree, picker: TokenPicker, positions: list[int]
+) -> list[_Read] | None:
+    """What one op found, None if a node turned NaN."""
+    # the one host read of a round
+    told = picker.told(logits, tree, positions).tolist()
+    size = tree.tokens.shape[1]
+    if size > 1 and any(values[-1] for values in told):
+        return None
+    read = []
+    for values in told:
+        accepted, bonus, num_nodes = values[:3]
+        path, carried = values[3 : 4 + accepted], values[4 + size : 4 + size + accepted]
+        draft_rows = [] if tree.draft_rows is None else values[4 + 2 * size :][:accepted]
+        read.append((path, [*carried, bonus], num_nodes, draft_rows))
+    return read
+
+
+def _followed(
+    logits: torch.Tensor, tree: Tree, picker: TokenPicker, positions: list[int]
+) -> list[_Read] | None:
+    """The same, found level by level."""
+    if tree.tokens.shape[1] > 1 and bool(logits[..., 0].isnan().any()):
+        return None
+    paths, bonus_tokens = picker.follow(logits, tree, positions)
+    tokens, counts = tree.tokens.tolist(), tree.num_nodes.tolist()
+    draft_rows = None if tree.draft_rows is None else tree.draft_rows.tolist()
+    read = []
+    for row, (path, bonus) in enumerate(zip(paths, bonus_tokens)):
+        carried = [tokens[row][node] for node in path[1:]]
+        drafted = [] if draft_rows is None else [draft_rows[row][node] for node in path[1:]]
+        read.append((path, [*carried, bonus], counts[row], drafted))
+    return read
 
 
 def _cut(

@@ -10,8 +10,9 @@ its own logits plus the *same* noise, so the two agree more often than independe
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import SuppressTokensLogitsProcessor, TopPLogitsWarper
 
 from treespec.kernels import ops
+from treespec.kernels.torch_acceptance import finite_argmax, follow
 from treespec.kernels.warpers import Warpers, warped_scores
 from treespec.steps import Steps
 from treespec.transfer import floats_on_device, on_device
@@ -78,15 +80,6 @@ class CoupledNoise:
             rows = torch.tensor([row_id], device=self.device)
             self._blocks[key] = ops.gumbel_noise(self.seed, rows, positions, self.vocab_size)[0]
         return self._blocks[key][position % _NOISE_BLOCK]
-
-    def table(self, positions: list[int], count: int) -> torch.Tensor:
-        """Float32 `[B, count, V]`: a row's noise of `count` positions from its own on."""
-        return torch.stack(
-            [
-                torch.stack([self.at(row, position + step) for step in range(count)])
-                for row, position in enumerate(positions)
-            ]
-        )
 
     def level(self, positions: list[int]) -> torch.Tensor:
         """Float32 `[B, 1, V]`, one position a row."""
@@ -236,6 +229,38 @@ class TokenPicker:
         """Whether the ops know all processors, so that one of them decides a whole batch."""
         return self.warpers is not None and (self.do_sample or not self.warpers)
 
+    def follows(self, tree: Tree) -> bool:
+        """Whether `follow` serves this batch of trees, whose processors are all known `warpers`."""
+        drawn = self.rejects and tree.draft_probs is not None
+        return self.implementation == "torch" and not drawn
+
+    def follow(
+        self, logits: torch.Tensor, tree: Tree, lens: list[int]
+    ) -> tuple[list[list[int]], list[int]]:
+        """The paths and bonus tokens of `verify`, with noise that is kept from round to round, and
+        without tensors where lists are wanted.
+
+        Args:
+            logits: `[B, N, V]` of the target.
+            tree: the trees.
+            lens: committed tokens of every row, the root among them.
+        """
+        assert self.warpers is not None
+        warpers, levels = Warpers(**self.warpers), count()
+
+        def choose(rows: Sequence[int], nodes: Sequence[int]) -> list[int]:
+            level = next(levels)
+            scores = torch.stack([logits[row, node] for row, node in zip(rows, nodes)])
+            scores = scores if scores.dtype == torch.float64 else scores.float()
+            if self.warpers:
+                scores = warped_scores(scores, warpers)
+            if self.noise is not None:
+                at = self.noise.at
+                scores = scores + torch.stack([at(row, lens[row] + level) for row in rows])
+            return finite_argmax(scores.numpy(force=True)).tolist()
+
+        return follow(choose, tree.tokens, tree.parents, tree.num_nodes)
+
     def verify(self, logits: torch.Tensor, tree: Tree, lens: list[int]) -> ops.Verdict:
         """The verdict on a batch of trees whose processors are all known `warpers`.
 
@@ -250,10 +275,6 @@ class TokenPicker:
         assert self.warpers is not None
         roots = on_device(lens, logits.device) if self.lens is None else self.lens
         rejects = self.rejects and tree.draft_probs is not None
-        noise = None
-        if self.implementation == "torch" and not rejects:
-            # made already for the drafts, or needed again by them
-            noise = self.noise.table(lens, int(tree.depths.max()) + 1)
         return ops.verify_sampled(
             *trees,
             positions=roots.unsqueeze(1) - 1 + tree.depths,
@@ -261,7 +282,6 @@ class TokenPicker:
             # a bare root is decided by the shared noise, which no rejection has used
             rule=self.rule if rejects else "coupled",
             drafting="sampled" if rejects else None,
-            noise=noise,
             implementation=self.implementation,
             **self._keys(logits.device),
             **self.warpers,
