@@ -1,9 +1,10 @@
 """From the target's logits on a tree to the path that survives.
 
-`decide` asks one op for all rows and reads its verdict once. `walk` serves logits processors that
-look at the text: it starts at the root and picks the target's own token there; while a child
-carries it, it steps down and picks again. Every pick sees exactly the tokens that plain decoding
-would have had, so any processor and any stopping rule works unchanged.
+`decide` asks one op for all rows and reads its verdict once, or, where no kernel runs, goes down
+all trees level by level. `walk` serves logits processors that look at the text: it starts at the
+root and picks the target's own token there; while a child carries it, it steps down and picks
+again. Every pick sees exactly the tokens that plain decoding would have had, so any processor and
+any stopping rule works unchanged.
 """
 
 from __future__ import annotations
@@ -64,8 +65,8 @@ class RowVerdict:
 def decide(
     logits: torch.Tensor, tree: Tree, picker: TokenPicker, rows: list[RowText]
 ) -> list[RowVerdict] | None:
-    """The verdicts of all rows by one op, cut where a row ends; None where some node of a tree,
-    bare roots aside, turned NaN, which may have reached others.
+    """The verdicts of all rows, cut where a row ends; None where some node of a tree, bare roots
+    aside, turned NaN, which may have reached others.
 
     Args:
         logits: `[B, N, V]` of the target.
