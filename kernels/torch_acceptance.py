@@ -191,12 +191,12 @@ def follow(
     tokens: torch.Tensor,
     parents: torch.Tensor,
     num_nodes: torch.Tensor,
-) -> tuple[list[list[int]], list[int]]:
+) -> tuple[list[list[int]], list[list[int]]]:
     """Level by level, descends to the child that carries ``choose(rows, nodes)`` while one does.
 
     Returns:
-        The path of every row from the root on, and its bonus token, -1 where it could not be
-        decided.
+        The path of every row from the root on, and what was chosen at each of its nodes: the last
+        is the bonus token, -1 where it could not be decided.
     """
     batch = len(tokens)
     # Filled backwards, so that the lowest of equal siblings stays.
@@ -204,7 +204,7 @@ def follow(
         {(above[node], carried[node]): node for node in range(count - 1, 0, -1)}
         for above, carried, count in zip(parents.tolist(), tokens.tolist(), num_nodes.tolist())
     ]
-    path, bonus_token = [[] for _ in range(batch)], [-1] * batch
+    path, chosen = [[] for _ in range(batch)], [[] for _ in range(batch)]
     active = [b for b, count in enumerate(num_nodes.tolist()) if count > 0]
     nodes = [0] * len(active)
     while active:
@@ -212,26 +212,26 @@ def follow(
         still, below = [], []
         for b, node, choice in zip(active, nodes, choices):
             path[b].append(node)
-            bonus_token[b] = choice
+            chosen[b].append(choice)
             # No child carries token -1, so a row that cannot be decided stops here.
             child = children[b].get((node, choice)) if choice >= 0 else None
             if child is not None:
                 still.append(b)
                 below.append(child)
         active, nodes = still, below
-    return path, bonus_token
+    return path, chosen
 
 
 def _followed(choose, tokens, parents, num_nodes) -> Verdict:
     """The verdict of ``follow``."""
-    path, bonus_token = follow(choose, tokens, parents, num_nodes)
+    path, chosen = follow(choose, tokens, parents, num_nodes)
     batch, capacity = tokens.shape
     padded = [nodes + [-1] * (capacity - len(nodes)) for nodes in path]
     accept_length = [max(len(nodes) - 1, 0) for nodes in path]
     results = (
         np.array(padded).reshape(batch, capacity),
         np.array(accept_length),
-        np.array(bonus_token),
+        np.array([of_row[-1] if of_row else -1 for of_row in chosen]),
     )
     return _verdict(*results, tokens.device)
 

@@ -119,15 +119,12 @@ def _followed(
     """The same, found level by level."""
     if tree.tokens.shape[1] > 1 and bool(logits[..., 0].isnan().any()):
         return None
-    paths, bonus_tokens = picker.follow(logits, tree, positions)
-    tokens, counts = tree.tokens.tolist(), tree.num_nodes.tolist()
-    draft_rows = None if tree.draft_rows is None else tree.draft_rows.tolist()
-    read = []
-    for row, (path, bonus) in enumerate(zip(paths, bonus_tokens)):
-        carried = [tokens[row][node] for node in path[1:]]
-        drafted = [] if draft_rows is None else [draft_rows[row][node] for node in path[1:]]
-        read.append((path, [*carried, bonus], counts[row], drafted))
-    return read
+    paths, picked = picker.follow(logits, tree, positions)
+    drafted: list[list[int]] = [[] for _ in paths]
+    if tree.draft_rows is not None:
+        of_nodes = tree.draft_rows.tolist()
+        drafted = [[rows[node] for node in path[1:]] for rows, path in zip(of_nodes, paths)]
+    return list(zip(paths, picked, tree.num_nodes.tolist(), drafted))
 
 
 def _cut(

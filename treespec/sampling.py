@@ -236,9 +236,9 @@ class TokenPicker:
 
     def follow(
         self, logits: torch.Tensor, tree: Tree, lens: list[int]
-    ) -> tuple[list[list[int]], list[int]]:
-        """The paths and bonus tokens of `verify`, with noise that is kept from round to round, and
-        without tensors where lists are wanted.
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """The paths of `verify` and the tokens picked at their nodes, the last the bonus token;
+        with noise that is kept from round to round, and without tensors where lists are wanted.
 
         Args:
             logits: `[B, N, V]` of the target.
