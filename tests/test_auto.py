@@ -28,6 +28,7 @@ from treespec.costs import MeasuredCosts, RunningTime, VerifyCosts, never_fallin
 from treespec.engine import Row
 from treespec.policy import Outcome
 from treespec.purse import Purse
+from treespec.running_acceptance import DraftGain
 from treespec.sources import OneShotSource, Proposal
 from treespec.tree import Growth
 from treespec.whatif import RoundCosts
@@ -306,6 +307,18 @@ def test_a_round_that_captured_its_steps_says_nothing_of_what_is_between_forward
     policy._rest = 0
     policy.observe(a_plain_round(total_ms=4.05))
     assert policy.now.overhead.value < overhead
+
+
+def test_what_a_tree_takes_to_be_committed_is_no_part_of_plain_decoding():
+    """Else plain decoding would look dearer the more is drafted."""
+    policy = tuned()
+    policy.begin_round([50])
+    plain_ms, overhead = policy.now.plain_ms, policy.now.overhead.value
+    for _ in range(30):
+        policy.observe(a_drafted_round(1, verify_ms=5.0, total_ms=7.3))  # 1.3 ms are others
+    assert policy.now.plain_ms == plain_ms and policy.now.overhead.value == overhead
+    assert policy.now.verify.at(7) == pytest.approx(5.0 + 1.3 - overhead, rel=0.02)
+    assert policy.predict_round_ms(7, 0, False) == pytest.approx(6.3, rel=0.02)
 
 
 def test_what_lookups_seem_to_cost_gives_way_to_the_first_level_beside_them():
@@ -953,14 +966,34 @@ def test_a_draft_goes_on_where_what_was_looked_up_is_likely_to_end():
     assert policy._draft_value() > worth[1], "nothing was looked up yet"
 
 
-def test_a_draft_that_gains_next_to_nothing_is_not_asked():
+@pytest.mark.parametrize(
+    ("gains", "asked"),
+    [((0.0,), False), ((1.5, -1.5), True), ((0.2,), True), ((0.2, -1.4), False)],
+    ids=["nothing", "nothing, by luck", "little", "a loss"],
+)
+def test_a_draft_is_asked_while_it_may_well_gain_something(gains, asked):
+    """That all rounds gain nothing says that it does not; lucky and unlucky ones say little."""
     policy, nothing = tuned(), torch.zeros(1, 0)
+    for _ in range(5):
+        policy.begin(40, False)
+        for gain in gains * 20:
+            policy.draft.gain.add(gain)
     policy.begin(40, False)
     policy.begin_round([500])
-    policy.draft.gain._earlier = 0.1
-    assert not policy.wants_draft(nothing)
-    policy.draft.gain._earlier = 0.2
-    assert policy.wants_draft(nothing)
+    assert policy.wants_draft(nothing) is asked
+
+
+def test_what_luck_a_gain_has_is_known_by_kind_of_text():
+    gain, spread = DraftGain(), []
+    for kind, noise in ((1, 0.0), (2, 1.5)):
+        gain.begin(kind)
+        for _ in range(20):
+            gain.add(0.4 + noise)
+            gain.add(0.4 - noise)
+    for kind in (1, 2):
+        gain.begin(kind)
+        spread.append(gain.at_best - gain.value)
+    assert spread[0] < 0.08 and 0.2 < spread[1] < 0.5
 
 
 def test_one_unlucky_round_is_not_the_last_of_a_draft():

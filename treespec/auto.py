@@ -290,11 +290,11 @@ class AutoPolicy(Policy):
         return len(self._shares) > 1 or self.may_record or self._outlay.draft_begun
 
     def _draft_gains(self) -> bool:
-        """Whether asking the draft has gained anything lately, its taking in of prompts paid."""
+        """Whether asking the draft may well gain something, its taking in of prompts paid."""
         if self.draft.gain.hardly_known and self._draft_rounds:
             return True
         catch_up = self._catch_up_ms() / self._lasting_rounds()
-        gained = self.draft.gain.value - _LEAST_GAIN
+        gained = self.draft.gain.at_best - _LEAST_GAIN
         return gained * (self.now.plain_ms or 0.0) > catch_up
 
     def _trial_ms(self) -> float:
@@ -529,10 +529,14 @@ class AutoPolicy(Policy):
 
     def _observe_costs(self, outcome: Outcome) -> None:
         verify_ms = outcome.verify_ms - outcome.verify_extra_ms
-        overhead_ms = outcome.total_ms - outcome.draft_ms - outcome.verify_ms
-        drafted = outcome.draft_levels > 0
+        others_ms = outcome.total_ms - outcome.draft_ms - outcome.verify_ms
+        drafted, overhead = outcome.draft_levels > 0, self.now.overhead
+        if outcome.num_nodes > 1 and outcome.overhead_settled:
+            # deciding and committing a tree takes longer, and is no part of plain decoding
+            verify_ms += others_ms - (overhead.value or 0.0)
+        elif not drafted:
+            overhead.add(others_ms, outcome.settled and outcome.overhead_settled)
         self.now.verify.add(outcome.num_nodes, verify_ms, outcome.settled, drafted)
-        self.now.overhead.add(overhead_ms, outcome.settled and outcome.overhead_settled)
 
     def _observe_plain(self, outcome: Outcome) -> None:
         """A round of plain decoding, which loses nothing."""

@@ -21,6 +21,8 @@ _SAMPLED_REPEATS = 0.5
 # Rounds of plain decoding that one with a draft is expected to save in texts of a kind that were
 # not seen before.
 _GAIN_PRIOR = 0.45
+# How far above its mean a gain is taken to be, in standard errors: one round's is mostly luck.
+_LUCK = 0.5
 # How much a draft's sharpness moves with a node whose children were all wrong, or right beyond
 # their probability, and its limits.
 _SHARPNESS_STEP = 0.05
@@ -94,6 +96,35 @@ class LookupAcceptance:
                 self.next_right[min(matched + right, longest)].add(float(node != path[kept]))
 
 
+class DraftGain(Belief):
+    """Rounds of plain decoding that a round with the draft saves.
+
+    A single round's tells little where the draft is right now and then, and much where it never is.
+    """
+
+    def __init__(self) -> None:
+        # squared differences from what was believed
+        self._noise = Belief(0.5)
+        super().__init__(_GAIN_PRIOR, 4.0, 0.95)
+
+    def begin(self, kind: int) -> None:
+        super().begin(kind)
+        self._noise.begin(kind)
+
+    def age(self, rounds: int = 1) -> None:
+        super().age(rounds)
+        self._noise.age(rounds)
+
+    def add(self, value: float, weight: float = 1.0) -> None:
+        self._noise.add((value - self.value) ** 2, weight)
+        super().add(value, weight)
+
+    @property
+    def at_best(self) -> float:
+        """What it may well be, for all that chance allows."""
+        return self.value + _LUCK * math.sqrt(self._noise.value / (self._weight + self._count))
+
+
 class DraftAcceptance:
     """Of a draft model.
 
@@ -107,7 +138,7 @@ class DraftAcceptance:
     def __init__(self) -> None:
         self.first, self.later = Belief(0.7), Belief(0.7, 4.0)
         self.ranks = [Belief(chance, 4.0) for chance in (0.5, 0.12, 0.05)]
-        self.gain = Belief(_GAIN_PRIOR, 4.0, 0.95)
+        self.gain = DraftGain()
         self._sharpness: dict[int, float] = {}
         self.begin(0, 0, False)
 
