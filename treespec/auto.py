@@ -531,11 +531,11 @@ class AutoPolicy(Policy):
         verify_ms = outcome.verify_ms - outcome.verify_extra_ms
         others_ms = outcome.total_ms - outcome.draft_ms - outcome.verify_ms
         drafted, overhead = outcome.draft_levels > 0, self.now.overhead
-        if outcome.num_nodes > 1 and outcome.overhead_settled:
+        if outcome.num_nodes == 1 and not drafted:
+            overhead.add(others_ms, outcome.settled and outcome.overhead_settled)
+        elif outcome.num_nodes > 1 and outcome.overhead_settled:
             # deciding and committing a tree takes longer, and is no part of plain decoding
             verify_ms += others_ms - (overhead.value or 0.0)
-        elif not drafted:
-            overhead.add(others_ms, outcome.settled and outcome.overhead_settled)
         self.now.verify.add(outcome.num_nodes, verify_ms, outcome.settled, drafted)
 
     def _observe_plain(self, outcome: Outcome) -> None:

@@ -116,9 +116,10 @@ class RunningTime:
 
 
 class VerifyCosts:
-    """Milliseconds of a verification by its number of nodes, times a pace that all sizes share: the
-    text grows longer, the machine busier. Plain decoding's own time, once it is known, stays unless
-    texts go by that do not measure it: the pace says what it takes now.
+    """Milliseconds of a verification by its number of nodes, and of what a tree takes to be decided
+    and committed beyond a single token; times a pace that all sizes share: the text grows longer,
+    the machine busier. Plain decoding's own time, once it is known, stays unless texts go by that
+    do not measure it: the pace says what it takes now.
 
     Args:
         rows: sequences verified together.
