@@ -3,9 +3,10 @@
     python benchmarks/auto_luck.py --level-ms 1.6 --luck 0 0.5
 
 Texts, acceptance and decisions are real. Times are *simulated*: every part of a round advances a
-clock by what it is given to cost, times noise. So two processes differ by luck alone: that of their
-seeds, of the order of their texts and of the noise. A process writes all development prompts of the
-short categories once, each with a seed of its own; its speed is over plain decoding in that clock.
+clock by what it is given to cost, times noise. A process is a speculator that has seen nothing; it
+writes some development prompts of every short category, each with a seed of its own, and its speed
+is over plain decoding in that clock. So two processes differ by luck alone: that of their seeds, of
+the order of their texts and of the noise.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import argparse
 import json
 import math
 import random
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ import torch
 import treespec.engine
 import treespec.laps
 from treespec import TreeSpeculator, running_acceptance
+from treespec.bench.clock import VirtualClock
 from treespec.bench.models import Pair, load_pair
 from treespec.bench.prompts import suite_tasks
 from treespec.bench.results import environment
@@ -32,56 +33,24 @@ _LONG_PROMPTS = ("rag", "summarization")
 _PREFILL_MS, _MISS_MS, _HIT_MS = 30.0, 0.1, 0.3
 # Between the forwards of a round, by whether there is a tree.
 _SINGLE_MS, _TREE_MS = 0.2, 0.4
-# Taking in a prompt, by token, as a share of a level.
-_INGEST_SHARE = 0.02
 
 
-class Clock:
-    """Stands in for the `time` module of the engine."""
-
-    def __init__(self, noise: float) -> None:
-        self.ms, self._noise, self._generator = 0.0, noise, random.Random(0)
-
-    def perf_counter(self) -> float:
-        return self.ms / 1e3
-
-    def charge(self, owner: object, name: str, cost: Callable[..., float]) -> None:
-        """Every call of the method also advances the clock, by about `cost(*arguments)`."""
-        method = getattr(owner, name)
-
-        def charged(*arguments, **keywords):
-            self.ms += cost(*arguments) * math.exp(self._generator.gauss(0.0, self._noise))
-            return method(*arguments, **keywords)
-
-        setattr(owner, name, charged)
-
-
-def charged_auto(pair: Pair, clock: Clock, args: argparse.Namespace) -> TreeSpeculator:
+def charged_auto(pair: Pair, clock: VirtualClock, args: argparse.Namespace) -> TreeSpeculator:
     """A speculator that has seen nothing, whose rounds advance the clock."""
     spec = TreeSpeculator(pair.target, pair.draft, capture=False)
 
-    def verify_ms(tokens: torch.Tensor, *_) -> float:
-        wider = args.wide_ms + args.node_ms * (tokens.numel() - 1)
-        return args.plain_ms + (wider if tokens.numel() > 1 else 0.0)
+    def verify_ms(num_nodes: int) -> float:
+        wider = args.wide_ms + args.node_ms * (num_nodes - 1)
+        return args.plain_ms + (wider if num_nodes > 1 else 0.0)
 
-    def commit_ms(request, tree, *_) -> float:
-        return _SINGLE_MS if tree.tokens.shape[1] == 1 else _TREE_MS
+    def commit_ms(num_nodes: int) -> float:
+        return _SINGLE_MS if num_nodes == 1 else _TREE_MS
 
-    def ingest_ms(_, lens: list[int]) -> float:
-        new = max(length - have for length, have in zip(lens, spec._model.cache.prefix_lens))
-        return _INGEST_SHARE * args.level_ms * new
-
-    clock.charge(spec._target, "forward", verify_ms)
-    clock.charge(spec._target, "ingest", lambda *_: _PREFILL_MS)
-    clock.charge(spec._engine, "_commit", commit_ms)
-    clock.charge(spec._model, "forward", lambda *_: args.level_ms)
-    clock.charge(spec._model, "ingest", ingest_ms)
-    for source in spec._engine.lookups:
-        clock.charge(source, "propose", lambda *_: _MISS_MS)
+    clock.charge_rounds(spec, verify_ms, commit_ms, args.level_ms, _PREFILL_MS, _MISS_MS)
     return spec
 
 
-def speed(pair: Pair, clock: Clock, process: int, args: argparse.Namespace) -> float:
+def speed(pair: Pair, clock: VirtualClock, process: int, args: argparse.Namespace) -> float:
     """Of one process, over plain decoding."""
     tasks = suite_tasks(pair, "dev", args.samples, args.new_tokens, args.temperature, 1)
     tasks = [task for task in tasks if task.category not in _LONG_PROMPTS]
@@ -118,7 +87,7 @@ def main() -> int:
     settings = {name: value for name, value in vars(args).items() if name != "output"}
     demo = {"target": "demo", "draft": "demo", "sized": None}
     pair = load_pair(demo | settings, torch.device("cpu"))
-    clock = Clock(args.noise)
+    clock = VirtualClock(args.noise)
     treespec.engine.time = treespec.laps.time = clock
     clock.charge(Growth, "add_lookups", lambda *_: _HIT_MS)
     speeds: dict[str, list[float]] = {}

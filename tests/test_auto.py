@@ -24,6 +24,7 @@ import treespec.engine
 from treespec import TreeSpeculator
 from treespec.auto import AutoPolicy
 from treespec.beliefs import Belief
+from treespec.bench.clock import VirtualClock
 from treespec.costs import MeasuredCosts, RunningTime, VerifyCosts, never_falling, row_shares
 from treespec.engine import Row
 from treespec.policy import Outcome
@@ -41,62 +42,23 @@ PLAIN_MS, OVERHEAD_MS, MISS_MS, HIT_MS = 4.0, 0.3, 0.1, 0.5
 # --- the virtual clock ---------------------------------------------------------------------------
 
 
-class Clock:
-    """Stands in for the `time` module of the engine."""
-
-    def __init__(self) -> None:
-        self.ms = 0.0
-
-    def perf_counter(self) -> float:
-        return self.ms / 1e3
-
-
-def charge(owner, name: str, clock: Clock, cost) -> None:
-    """Every call of the method also advances the clock by `cost(*arguments)`."""
-    method = getattr(owner, name)
-
-    @functools.wraps(method)
-    def charged(*arguments, **keywords):
-        clock.ms += cost(*arguments)
-        return method(*arguments, **keywords)
-
-    setattr(owner, name, charged)
-
-
-def missing(model, lens) -> int:
-    return max(length - have for length, have in zip(lens, model.cache.prefix_lens))
-
-
 @pytest.fixture
 def timed(monkeypatch):
     """A function that makes a speculator whose costs are given, and its clock."""
-    clock = Clock()
+    clock = VirtualClock()
     for module in (treespec.engine, treespec.laps):
         monkeypatch.setattr(module, "time", clock)
-    add_lookups = Growth.add_lookups
-
-    def charged_lookups(*arguments):
-        clock.ms += HIT_MS
-        return add_lookups(*arguments)
-
-    monkeypatch.setattr(Growth, "add_lookups", charged_lookups)
+    monkeypatch.setattr(Growth, "add_lookups", Growth.add_lookups)  # undone afterwards
+    clock.charge(Growth, "add_lookups", lambda *_: HIT_MS)
 
     def make(target, draft, tree="auto", level_ms=0.8, node_ms=0.15):
         # recording depends on counts alone, and would only slow the test down
         spec = TreeSpeculator(target, draft, tree=tree, capture=False)
 
-        def verify(tokens, *_):
-            return PLAIN_MS + node_ms * (tokens.numel() - 1)
+        def verify_ms(num_nodes):
+            return PLAIN_MS + node_ms * (num_nodes - 1)
 
-        charge(spec._target, "forward", clock, verify)
-        charge(spec._target, "ingest", clock, lambda _, lens: 10.0)
-        charge(spec._engine, "_commit", clock, lambda *_: OVERHEAD_MS)
-        if spec._model is not None:
-            model = spec._model
-            charge(model, "forward", clock, lambda tokens, *_: level_ms)
-            charge(model, "ingest", clock, lambda _, lens: 0.02 * level_ms * missing(model, lens))
-        for source in spec._engine.lookups:
-            charge(source, "propose", clock, lambda *_: MISS_MS)
+        clock.charge_rounds(spec, verify_ms, lambda _: OVERHEAD_MS, level_ms, 10.0, MISS_MS)
         return spec
 
     make.clock = clock
