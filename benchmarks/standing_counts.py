@@ -3,7 +3,8 @@
     python benchmarks/standing_counts.py benchmarks/results/*-never-slower-*.json
 
 Counts over the files of `treespec bench suite` the cells of temperature, batch and category, for
-each rival that the tables "Standing of auto" name, and lists the cells below `--least`, with what a
+each rival that the tables "Standing of auto" name, and those that lie below `--least` with their
+whole 95 % interval; of one or two texts that says little. It lists the cells below, with what a
 round's parts took there in milliseconds beyond plain decoding's in this engine. With `--same-text`
 each rival is held against `auto` only on the texts that both wrote alike. Of runs with `--control`
 it counts where a second row of plain decoding kept up with the first, too.
@@ -38,6 +39,13 @@ def beyond_plain(record: dict[str, Any], cell: dict[str, Any]) -> str:
     return f"{auto['tokens_per_round']:.2f} tokens a round, ms {', '.join(more)}"
 
 
+def counted(ratios: list[figures.Ratio], least: float) -> str:
+    """How many keep up, and how many do not with their whole interval."""
+    kept = sum(ratio.value >= least for ratio in ratios)
+    below = sum(ratio.lies_below(least) for ratio in ratios)
+    return f"{kept} of {len(ratios)} at {least:g} or more, {below} wholly below"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path, help="results of `treespec bench suite`")
@@ -57,15 +65,13 @@ def main() -> int:
         ratios = [(of[rival], where, *about) for where, of, *about in standings if rival in of]
         if not ratios:
             continue
-        below = sorted((one for one in ratios if one[0] < args.least), key=lambda one: one[:2])
-        kept = f"{len(ratios) - len(below)} of {len(ratios)}"
-        print(f"over {rival}: {kept} at {args.least:g} or more")
-        for ratio, where, record, cell in below:
-            print(f"  {ratio:.3f}  {where}; {beyond_plain(record, cell)}")
+        print(f"over {rival}: {counted([ratio for ratio, *_ in ratios], args.least)}")
+        below = [one for one in ratios if one[0].value < args.least]
+        for ratio, where, record, cell in sorted(below, key=lambda one: (one[0].value, one[1])):
+            print(f"  {ratio.text(3)}  {where}; {beyond_plain(record, cell)}")
     known = [ratio for ratio in controls if ratio is not None]
     if known:
-        kept = f"{sum(ratio >= args.least for ratio in known)} of {len(known)}"
-        print(f"plain decoding again, over the first: {kept} at {args.least:g} or more")
+        print(f"plain decoding again, over the first: {counted(known, args.least)}")
     return 0
 
 

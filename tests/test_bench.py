@@ -414,12 +414,19 @@ def test_standing_of_auto_by_hand(record):
     for name, (first, second) in seconds.items():
         record["samples"] += [fake_sample(name, "a", first), fake_sample(name, "b", second)]
     table = tables.standing_table(record)
-    assert table.columns == ["auto over", "prose", "code & 100 %", "overall"]
+    assert table.columns == ["auto over [95 %]", "prose", "code & 100 %", "overall"]
+    # of two texts a draw holds one twice, the other twice, or both
     assert table.rows == [
-        ["plain decoding in this engine", "2.50×", "1.00×", "1.67×"],
-        ["the fastest shape picked by hand", "0.50×", "1.60×", "1.11×"],
-        ["the fastest other library", "2.00×", "8.00×", "5.33×"],
+        ["plain decoding in this engine", "2.50×", "1.00×", "1.67× [1.00, 2.50]"],
+        ["the fastest shape picked by hand", "0.50×", "1.60×", "1.11× [0.50, 1.60]"],
+        ["the fastest other library", "2.00×", "8.00×", "5.33× [2.00, 8.00]"],
     ]
+
+
+def test_a_ratio_lies_below_by_its_whole_interval():
+    assert figures.Ratio(0.9, 0.8, 0.96).lies_below(0.97)
+    assert not figures.Ratio(0.9, 0.8, 0.98).lies_below(0.97)
+    assert not figures.Ratio(0.5).lies_below(0.97), "one task tells nothing of others"
 
 
 def test_a_second_row_of_plain_decoding_shows_how_far_equal_rows_are_apart(record, tmp_path):
@@ -433,10 +440,12 @@ def test_a_second_row_of_plain_decoding_shows_how_far_equal_rows_are_apart(recor
     record["samples"] += [fake_sample("again", "a", 0.1), fake_sample("again", "b", 0.26)]
     alone = next(row["speedup"] for row in figures.rows(record) if row["name"] == "treespec plain")
     again = next(row["speedup"] for row in figures.rows(record) if row["name"] == "again")
-    assert figures.control(record) == pytest.approx(again / alone)
+    assert figures.control(record).value == pytest.approx(again / alone)
     after = tables.standing_table(record).rows
     assert after[:-1] == before
-    prose, code = (figures.control(record, category=one) for one in figures.categories(record))
+    prose, code = (
+        figures.control(record, category=one).value for one in figures.categories(record)
+    )
     assert after[-1][1:3] == [f"{prose:.2f}×", f"{code:.2f}×"] and prose != code
     results = tmp_path / "results.json"
     results.write_text(json.dumps(record))
@@ -444,7 +453,7 @@ def test_a_second_row_of_plain_decoding_shows_how_far_equal_rows_are_apart(recor
     ran = subprocess.run([sys.executable, script, results], capture_output=True, text=True)
     kept = (prose >= 0.97) + (code >= 0.97)
     assert kept == 1
-    last = "plain decoding again, over the first: 1 of 2 at 0.97 or more"
+    last = "plain decoding again, over the first: 1 of 2 at 0.97 or more, 0 wholly below"
     assert ran.stdout.splitlines()[-1] == last, ran.stderr
 
 
@@ -476,11 +485,14 @@ def test_standing_on_the_texts_that_both_wrote_alike(record):
         record["samples"] += [fake_sample(name, "b", b, text=second)]
     titles = list(figures.RIVALS)
     # half as fast as "alike once" in the one text; over both 3.5 times as fast as "alike twice"
-    assert figures.standing_on_same_texts(record) == pytest.approx(
+    found = figures.standing_on_same_texts(record)
+    assert {title: ratio.value for title, ratio in found.items()} == pytest.approx(
         {titles[0]: 0.5 / 0.2, titles[1]: 0.1 / 0.2, titles[2]: 0.02 / 0.2}
     )
-    code = figures.standing_on_same_texts(record, category="code & 100 %")
-    assert code == pytest.approx({titles[1]: 0.4 / 0.2, titles[2]: 0.02 / 0.2})
+    found = figures.standing_on_same_texts(record, category="code & 100 %")
+    assert {title: ratio.value for title, ratio in found.items()} == pytest.approx(
+        {titles[1]: 0.4 / 0.2, titles[2]: 0.02 / 0.2}
+    )
     table = tables.same_text_table(record)
     assert table.rows in [one.rows for one in tables.all_tables(record | {"kind": "suite"})]
     assert table.rows[1][1:] == ["0.50×", "2.00×", "0.50×"] and table.rows[0][2] == "-"
@@ -517,9 +529,9 @@ def test_standing_counts_prints_the_cells_below(record, tmp_path):
     ran = subprocess.run([sys.executable, script, results], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.splitlines() == [
-        "over plain decoding in this engine: 2 of 2 at 0.97 or more",
-        "over the fastest shape picked by hand: 1 of 2 at 0.97 or more",
-        "  0.500  results, T = 0, batch 1, prose; 1.00 tokens a round, ms draft +1.00, "
+        "over plain decoding in this engine: 2 of 2 at 0.97 or more, 0 wholly below",
+        "over the fastest shape picked by hand: 1 of 2 at 0.97 or more, 0 wholly below",
+        "  0.500×  results, T = 0, batch 1, prose; 1.00 tokens a round, ms draft +1.00, "
         "verify +0.00, commit +0.00",
     ]
     for sample in record["samples"]:
@@ -528,7 +540,9 @@ def test_standing_counts_prints_the_cells_below(record, tmp_path):
     ran = subprocess.run(
         [sys.executable, script, results, "--same-text"], capture_output=True, text=True
     )
-    assert ran.stdout.splitlines() == ["over plain decoding in this engine: 2 of 2 at 0.97 or more"]
+    assert ran.stdout.splitlines() == [
+        "over plain decoding in this engine: 2 of 2 at 0.97 or more, 0 wholly below"
+    ]
 
 
 def test_ranks_and_their_correlation_by_hand():

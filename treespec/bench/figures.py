@@ -7,7 +7,7 @@ import itertools
 import random
 import statistics
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 BASE = "transformers plain"
 PARTS = ("draft", "verify", "commit")
@@ -28,18 +28,30 @@ def rate(samples: list[dict]) -> float:
     return tokens / sum(sample["seconds"] for sample in samples)
 
 
-def paired_ratio(
-    ours: list[dict], base: list[dict], draws: int = 2000
-) -> tuple[float, float | None, float | None]:
+class Ratio(NamedTuple):
+    """The speed of one row over that of another on the same tasks, and the 2.5 % and 97.5 % points
+    that other such tasks would lie between, which one task alone does not tell."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    def text(self, digits: int = 2) -> str:
+        """The ratio with its interval, if it has one."""
+        interval = "" if self.low is None else f" [{self.low:.{digits}f}, {self.high:.{digits}f}]"
+        return f"{self.value:.{digits}f}×{interval}"
+
+    def lies_below(self, least: float) -> bool:
+        """Whether the whole interval does; never for one task."""
+        return self.high is not None and self.high < least
+
+
+def paired_ratio(ours: list[dict], base: list[dict], draws: int = 2000) -> Ratio:
     """Tokens per second of one method over those of another on the same tasks.
 
     Args:
         ours, base: samples, task by task in the same order.
         draws: bootstrap draws, of tasks with both their samples, seeded.
-
-    Returns:
-        The ratio of their rates, and its 2.5 % and 97.5 % points, which one task alone does not
-            have.
     """
 
     def ratio(places: list[int]) -> float:
@@ -47,10 +59,10 @@ def paired_ratio(
 
     count = len(ours)
     if count == 1:
-        return ratio([0]), None, None
+        return Ratio(ratio([0]))
     generator = random.Random(0)
     drawn = [ratio(generator.choices(range(count), k=count)) for _ in range(draws)]
-    return ratio(list(range(count))), percentile(drawn, 0.025), percentile(drawn, 0.975)
+    return Ratio(ratio([*range(count)]), percentile(drawn, 0.025), percentile(drawn, 0.975))
 
 
 def ranks(values: list[float]) -> list[float]:
@@ -216,40 +228,50 @@ RIVALS: dict[str, Callable[[dict[str, Any]], bool]] = {
 }
 
 
-def standing(record: dict[str, Any], **cell: Any) -> dict[str, float]:
+def _fastest(
+    record: dict[str, Any], samples: dict[str, list[dict]], counts: Callable[[dict[str, Any]], bool]
+) -> list[dict] | None:
+    """The samples of the fastest row that counts; None where there is none."""
+    names = [row["name"] for row in record["methods"] if row["name"] in samples and counts(row)]
+    return max((samples[name] for name in names), key=rate, default=None)
+
+
+def _is_auto(row: dict[str, Any]) -> bool:
+    return row["family"] == "auto"
+
+
+def standing(record: dict[str, Any], **cell: Any) -> dict[str, Ratio]:
     """The speed of `auto` over that of each of `RIVALS` that has rows in a cell; empty without
     `auto`. The fastest is picked by the very samples it is then judged by."""
-    found = rows(record, **cell)
-    auto = [row["speedup"] for row in found if row["family"] == "auto"]
-    speeds = {
-        title: [row["speedup"] for row in found if counts(row)] for title, counts in RIVALS.items()
-    }
-    return {title: max(auto) / max(theirs) for title, theirs in speeds.items() if auto and theirs}
+    samples = whole_turns(record, **cell)
+    auto = _fastest(record, samples, _is_auto)
+    rivals = {title: _fastest(record, samples, counts) for title, counts in RIVALS.items()}
+    return {title: paired_ratio(auto, of) for title, of in rivals.items() if auto and of}
 
 
-def control(record: dict[str, Any], **cell: Any) -> float | None:
+def control(record: dict[str, Any], **cell: Any) -> Ratio | None:
     """The speed of a second row of plain decoding over that of the first: how far two rows that do
     the same are apart. None without `--control`."""
-    speeds = {row["family"]: row["speedup"] for row in rows(record, **cell)}
-    if "control" not in speeds or "engine" not in speeds:
-        return None
-    return speeds["control"] / speeds["engine"]
+    samples = whole_turns(record, **cell)
+    again = _fastest(record, samples, lambda row: row["family"] == "control")
+    alone = _fastest(record, samples, lambda row: row["family"] == "engine")
+    return paired_ratio(again, alone) if again and alone else None
 
 
-def standing_on_same_texts(record: dict[str, Any], **cell: Any) -> dict[str, float]:
+def standing_on_same_texts(record: dict[str, Any], **cell: Any) -> dict[str, Ratio]:
     """`standing`, every rival on the texts that it and `auto` wrote alike. In 16 bits rounding
     decides ties, and a text that goes on otherwise may repeat itself more or less; empty for a
     record that does not tell texts apart."""
     samples = whole_turns(record, **cell)
-    auto = next((one["name"] for one in record["methods"] if one["family"] == "auto"), "")
-    found: dict[str, list[float]] = {}
+    auto = next((row["name"] for row in record["methods"] if _is_auto(row)), "")
+    found: dict[str, list[Ratio]] = {}
     for method in record["methods"]:
         pairs = zip(samples.get(auto, ()), samples.get(method["name"], ()))
         same = [(a, b) for a, b in pairs if "text" in a and a["text"] == b.get("text")]
         for title in (title for title, counts in RIVALS.items() if same and counts(method)):
             ours, theirs = zip(*same)
-            found.setdefault(title, []).append(rate([*ours]) / rate([*theirs]))
-    return {title: min(ratios) for title, ratios in found.items()}
+            found.setdefault(title, []).append(paired_ratio([*ours], [*theirs]))
+    return {title: min(ratios, key=lambda ratio: ratio.value) for title, ratios in found.items()}
 
 
 def all_rows(record: dict[str, Any]) -> list[dict[str, Any]]:

@@ -125,9 +125,7 @@ def _number(value: float | None, form: str = ".2f") -> str:
 
 def speedup_text(row: dict[str, Any]) -> str:
     """The ratio with its interval, if it has one."""
-    if row["speedup_low"] is None:
-        return f"{row['speedup']:.2f}×"
-    return f"{row['speedup']:.2f}× [{row['speedup_low']:.2f}, {row['speedup_high']:.2f}]"
+    return figures.Ratio(row["speedup"], row["speedup_low"], row["speedup_high"]).text()
 
 
 COLUMNS = [
@@ -238,7 +236,7 @@ def standing_table(record: dict[str, Any], **cell: Any) -> Table | None:
     table = _standing_table("Standing of auto", figures.standing, record, cell)
     controls = [figures.control(record, **place) for place in _places(record, cell)]
     if table is not None and controls[-1] is not None:
-        ratios = ["-" if ratio is None else f"{ratio:.2f}×" for ratio in controls]
+        ratios = ["-" if ratio is None else ratio.text() for ratio in controls]
         table.rows.append(["(plain decoding again, over the first)", *ratios])
     return table
 
@@ -266,13 +264,13 @@ def _standing_table(
     places = _places(record, cell)
     standings = [standing(record, **place) for place in places]
     lines = [
-        [rival, *(f"{of[rival]:.2f}×" if rival in of else "-" for of in standings)]
+        [rival, *(of[rival].text() if rival in of else "-" for of in standings)]
         for rival in figures.RIVALS
         if any(rival in of for of in standings)
     ]
     if not lines:
         return None
-    columns = ["auto over", *(place.get("category", "overall") for place in places)]
+    columns = ["auto over [95 %]", *(place.get("category", "overall") for place in places)]
     return Table(f"{title}{_cell_name(cell)}{_label(record)}", columns, lines)
 
 
