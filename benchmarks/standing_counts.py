@@ -7,7 +7,8 @@ each rival that the tables "Standing of auto" name, and those that lie below `--
 whole 95 % interval; of one or two texts that says little. It lists the cells below, with what a
 round's parts took there in milliseconds beyond plain decoding's in this engine. With `--same-text`
 each rival is held against `auto` only on the texts that both wrote alike. Of runs with `--control`
-it counts where a second row of plain decoding kept up with the first, too.
+it counts where a second row of plain decoding kept up with the first, too, and where `auto` did
+with both together, which says more of it than either.
 """
 
 from __future__ import annotations
@@ -19,6 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from treespec.bench import figures
+
+BOTH = "over both rows of plain decoding"
+AGAIN = "plain decoding again, over the first"
+# A ratio, its file, the record, and the cell.
+Cell = tuple[figures.Ratio, str, dict[str, Any], dict[str, Any]]
 
 
 def cells(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -39,11 +45,15 @@ def beyond_plain(record: dict[str, Any], cell: dict[str, Any]) -> str:
     return f"{auto['tokens_per_round']:.2f} tokens a round, ms {', '.join(more)}"
 
 
-def counted(ratios: list[figures.Ratio], least: float) -> str:
-    """How many keep up, and how many do not with their whole interval."""
-    kept = sum(ratio.value >= least for ratio in ratios)
-    below = sum(ratio.lies_below(least) for ratio in ratios)
-    return f"{kept} of {len(ratios)} at {least:g} or more, {below} wholly below"
+def report(title: str, found: list[Cell], least: float) -> None:
+    """Prints how many cells keep up, how many do not with their whole interval, and those below."""
+    below = sorted((one for one in found if one[0].value < least), key=lambda one: one[0].value)
+    wholly = sum(ratio.lies_below(least) for ratio, *_ in below)
+    kept = f"{len(found) - len(below)} of {len(found)}"
+    print(f"{title}: {kept} at {least:g} or more, {wholly} wholly below")
+    for ratio, name, record, cell in below if title != AGAIN else ():
+        place = f"T = {cell['temperature']:g}, batch {cell['batch']}, {cell['category']}"
+        print(f"  {ratio.text(3)}  {name}, {place}; {beyond_plain(record, cell)}")
 
 
 def main() -> int:
@@ -53,25 +63,19 @@ def main() -> int:
     parser.add_argument("--same-text", action="store_true", help="only texts that both wrote alike")
     args = parser.parse_args()
     standing = figures.standing_on_same_texts if args.same_text else figures.standing
-    standings, controls = [], []
+    found: dict[str, list[Cell]] = {}
     for path in args.files:
         record = json.loads(path.read_text(encoding="utf-8"))
         for cell in cells(record):
-            place = f"T = {cell['temperature']:g}, batch {cell['batch']}, {cell['category']}"
-            where = f"{path.stem}, {place}"
-            standings.append((where, standing(record, **cell), record, cell))
-            controls.append(figures.control(record, **cell))
-    for rival in figures.RIVALS:
-        ratios = [(of[rival], where, *about) for where, of, *about in standings if rival in of]
-        if not ratios:
-            continue
-        print(f"over {rival}: {counted([ratio for ratio, *_ in ratios], args.least)}")
-        below = [one for one in ratios if one[0].value < args.least]
-        for ratio, where, record, cell in sorted(below, key=lambda one: (one[0].value, one[1])):
-            print(f"  {ratio.text(3)}  {where}; {beyond_plain(record, cell)}")
-    known = [ratio for ratio in controls if ratio is not None]
-    if known:
-        print(f"plain decoding again, over the first: {counted(known, args.least)}")
+            ratios = {f"over {rival}": ratio for rival, ratio in standing(record, **cell).items()}
+            ratios[BOTH] = figures.standing_over_both(record, **cell)
+            ratios[AGAIN] = figures.control(record, **cell)
+            for title, ratio in ratios.items():
+                if ratio is not None:
+                    found.setdefault(title, []).append((ratio, path.stem, record, cell))
+    for title in (*(f"over {rival}" for rival in figures.RIVALS), BOTH, AGAIN):
+        if title in found:
+            report(title, found[title], args.least)
     return 0
 
 

@@ -435,7 +435,7 @@ def test_a_second_row_of_plain_decoding_shows_how_far_equal_rows_are_apart(recor
     for name in ("auto", "shape"):
         record["samples"] += [fake_sample(name, "a", 0.2), fake_sample(name, "b", 0.25)]
     before = tables.standing_table(record).rows
-    assert figures.control(record) is None
+    assert figures.control(record) is None and figures.standing_over_both(record) is None
     add_methods(record, again="control")
     record["samples"] += [fake_sample("again", "a", 0.1), fake_sample("again", "b", 0.26)]
     alone = next(row["speedup"] for row in figures.rows(record) if row["name"] == "treespec plain")
@@ -455,6 +455,12 @@ def test_a_second_row_of_plain_decoding_shows_how_far_equal_rows_are_apart(recor
     assert kept == 1
     last = "plain decoding again, over the first: 1 of 2 at 0.97 or more, 0 wholly below"
     assert ran.stdout.splitlines()[-1] == last, ran.stderr
+    # plain decoding took 0.5 s and 0.25 s, then 0.1 s and 0.26 s; auto 0.2 s and 0.25 s
+    both = figures.standing_over_both(record)
+    assert both.value == pytest.approx((1.11 / 2) / 0.45)
+    assert both.low == pytest.approx((0.51 / 2) / 0.25) and both.high == pytest.approx(0.3 / 0.2)
+    told = "over both rows of plain decoding: 2 of 2 at 0.97 or more, 0 wholly below"
+    assert ran.stdout.splitlines()[-2] == told
 
 
 @pytest.mark.parametrize("asked", [False, True])

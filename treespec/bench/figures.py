@@ -258,6 +258,25 @@ def control(record: dict[str, Any], **cell: Any) -> Ratio | None:
     return paired_ratio(again, alone) if again and alone else None
 
 
+def standing_over_both(record: dict[str, Any], **cell: Any) -> Ratio | None:
+    """The speed of `auto` over that of both rows of plain decoding together, which are one method
+    measured twice. None without `--control`."""
+    samples = whole_turns(record, **cell)
+    auto = _fastest(record, samples, _is_auto)
+    plain = [
+        samples[row["name"]]
+        for row in record["methods"]
+        if row["name"] in samples and row["family"] in ("engine", "control")
+    ]
+    if auto is None or len(plain) < 2:
+        return None
+    both = [
+        {key: sum(one[key] for one in task) for key in ("new_tokens", "seconds")}
+        for task in zip(*plain)
+    ]
+    return paired_ratio(auto, both)
+
+
 def standing_on_same_texts(record: dict[str, Any], **cell: Any) -> dict[str, Ratio]:
     """`standing`, every rival on the texts that it and `auto` wrote alike. In 16 bits rounding
     decides ties, and a text that goes on otherwise may repeat itself more or less; empty for a
