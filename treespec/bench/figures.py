@@ -228,12 +228,17 @@ RIVALS: dict[str, Callable[[dict[str, Any]], bool]] = {
 }
 
 
-def _fastest(
+def _of_rows(
     record: dict[str, Any], samples: dict[str, list[dict]], counts: Callable[[dict[str, Any]], bool]
-) -> list[dict] | None:
-    """The samples of the fastest row that counts; None where there is none."""
-    names = [row["name"] for row in record["methods"] if row["name"] in samples and counts(row)]
-    return max((samples[name] for name in names), key=rate, default=None)
+) -> list[list[dict]]:
+    """The samples of every row that counts."""
+    names = [row["name"] for row in record["methods"] if counts(row)]
+    return [samples[name] for name in names if name in samples]
+
+
+def _fastest(*rows: Any) -> list[dict] | None:
+    """The samples of the fastest of `_of_rows`; None where there is none."""
+    return max(_of_rows(*rows), key=rate, default=None)
 
 
 def _is_auto(row: dict[str, Any]) -> bool:
@@ -263,11 +268,7 @@ def standing_over_both(record: dict[str, Any], **cell: Any) -> Ratio | None:
     measured twice. None without `--control`."""
     samples = whole_turns(record, **cell)
     auto = _fastest(record, samples, _is_auto)
-    plain = [
-        samples[row["name"]]
-        for row in record["methods"]
-        if row["name"] in samples and row["family"] in ("engine", "control")
-    ]
+    plain = _of_rows(record, samples, lambda row: row["family"] in ("engine", "control"))
     if auto is None or len(plain) < 2:
         return None
     both = [
