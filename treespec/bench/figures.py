@@ -236,9 +236,11 @@ def _of_rows(
     return [samples[name] for name in names if name in samples]
 
 
-def _fastest(*rows: Any) -> list[dict] | None:
-    """The samples of the fastest of `_of_rows`; None where there is none."""
-    return max(_of_rows(*rows), key=rate, default=None)
+def _fastest(
+    record: dict[str, Any], samples: dict[str, list[dict]], counts: Callable[[dict[str, Any]], bool]
+) -> list[dict] | None:
+    """The samples of the fastest row that counts; None where there is none."""
+    return max(_of_rows(record, samples, counts), key=rate, default=None)
 
 
 def _is_auto(row: dict[str, Any]) -> bool:
