@@ -137,6 +137,35 @@ def test_a_width_no_longer_in_use_is_tried_again_some_texts_later():
     assert found[-1] < 7.0
 
 
+def test_a_width_that_was_measured_cold_at_first_is_soon_known():
+    costs = VerifyCosts(1)
+    for _ in range(20):
+        costs.add(1, 5.0)
+    costs.add(8, 30.0)
+    for _ in range(10):
+        costs.add(8, 10.0)
+    assert costs.at(8) < 12.5
+
+
+def test_a_width_in_seldom_use_is_not_taken_for_cheap():
+    """Doubt that outlasts measurements would make wide trees seem to pay."""
+    costs = VerifyCosts(1)
+    for _ in range(20):
+        costs.add(1, 4.0)
+    costs.add(16, 11.0)
+    believed = []
+    for text in range(60):
+        costs.begin()
+        for _ in range(20):
+            costs.add(1, 4.0)
+        if text % 3 == 0:
+            believed.append(costs.at(16))
+            costs.add(16, 12.0 if text % 2 else 10.0)
+            assert costs.at(16) > 10.0, "a measurement ends the doubt"
+    assert sum(believed[3:]) / len(believed[3:]) == pytest.approx(10.7, rel=0.05)
+    assert costs.at(1) == pytest.approx(4.0, rel=0.02), "nor do others seem dearer"
+
+
 def test_widths_in_use_leave_the_costs_of_others_alone():
     """Texts of wide verifications and of plain decoding by turns, with busy moments: widths that
     are not in use would seem dearer with every turn if all times could shrink as the pace grows."""

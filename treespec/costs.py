@@ -20,7 +20,8 @@ _NODE_SHARE = 0.03
 _SURE = 10
 # Most measurements that a size counts for, as one of a tuning file does.
 _MOST = 40.0
-# What a size's measurements count for after a text that made none.
+# What a size's measurements count for after a text that made none, but never for less than those
+# that suffice to be believed.
 _STALE = 0.5
 # Plain decoding that seems so much dearer than a wider verification was measured in a busy moment.
 _TOO_DEAR = 1.25
@@ -30,9 +31,10 @@ _LEAST_MS = 1e-3
 _LEVELS_STEP = 0.2
 # Measurements of a cost of which the smallest counts: the first ones find cold code.
 _FEW = 3
-# What a cost that is not sure is taken for when a text begins, as a share of what it was: one
-# measured in a busy moment would never be measured again.
-_DOUBT = 0.9
+# What a verification that the last text did not measure is taken for, as a share of what it was
+# taken for then: one measured in a busy moment would never be measured again. The second is of one
+# that was measured often enough to be believed.
+_DOUBT, _SLIGHT_DOUBT = 0.9, 0.97
 # The fixed part of a round of several sequences, before it is known.
 _FIXED_SHARE = 0.6
 # Sequences that differ by less than this share of what is left may yet change places.
@@ -133,8 +135,8 @@ class VerifyCosts:
         # settled measurements of every size, and the sizes measured in this text
         self._counts = dict.fromkeys(self.times, _MOST)
         self._fresh: set[int] = set()
-        # plain decoding was not measured for long
-        self._plain_doubted = False
+        # times as they were measured, of sizes doubted since
+        self._doubted: dict[int, float] = {}
         # of forwards that were not recorded yet, used until there is better
         self._early: dict[int, float] = {}
         # through what was known at the last measurement, and what was read off it
@@ -142,25 +144,29 @@ class VerifyCosts:
         self._read: dict[int, float] = {}
 
     def begin(self) -> None:
-        """A new text begins, for which times measured seldom, or long ago, are doubted."""
+        """A new text begins, for which times that the last one did not measure are doubted; the
+        next measurement ends that."""
         self._curve = None
         plain = self._plain()
         for size, count in self._counts.items():
-            if size not in self._fresh:
-                self._counts[size] = count = max(_STALE * count, 1.0)
-            if plain is None or count >= _SURE:
+            if size in self._fresh:
                 continue
-            usual, least = self.times[size], plain * self._prior(size) / self._prior(1)
-            if size > 1:
-                self.times[size] = max(_DOUBT * usual, min(usual, least), plain)
-            elif size not in self._fresh:
-                # where it was taken for dear in a busy moment everything seems to gain
-                self.times[size], self._plain_doubted = _DOUBT * plain, True
+            self._counts[size] = count = max(_STALE * count, min(count, _FEW))
+            if plain is not None and count < _SURE:
+                # where plain decoding was taken for dear in a busy moment everything seems to gain
+                self._doubt(size, plain, _DOUBT if size == 1 or count < _FEW else _SLIGHT_DOUBT)
         self._fresh.clear()
+
+    def _doubt(self, size: int, plain: float, share: float) -> None:
+        """Takes a size for less than before, but no wider one for less than plain decoding."""
+        usual = self.times[size]
+        self._doubted.setdefault(size, usual)
+        least = plain * self._prior(size) / self._prior(1) if size > 1 else 0.0
+        self.times[size] = max(share * usual, min(usual, least))
 
     def _is_doubtful(self, plain: float) -> bool:
         """Whether this time of plain decoding gives way to the next measurement."""
-        return self._plain_doubted or plain > _TOO_DEAR * min(self.times.values())
+        return 1 in self._doubted or plain > _TOO_DEAR * min(self.times.values())
 
     def _plain(self) -> float | None:
         """Plain decoding's time at a pace of one: no wider verification takes less."""
@@ -179,13 +185,15 @@ class VerifyCosts:
         self._fresh.add(num_nodes)
         usual = self.times.get(num_nodes)
         if num_nodes == 1 and usual is not None and self._is_doubtful(usual):
-            self._plain_doubted, usual = False, None
+            self._doubted.pop(1, None)
+            usual = None
         if usual is None:
             self.times[num_nodes] = milliseconds / self.pace
             self._counts[num_nodes] = 1.0
             return
+        usual = self.times[num_nodes] = self._doubted.pop(num_nodes, usual)
         count = self._counts[num_nodes] = min(self._counts[num_nodes] + 1.0, _MOST)
-        ratio = min(max(milliseconds / usual, 0.7 * self.pace), 1.4 * self.pace)
+        ratio = min(max(milliseconds / usual, 0.5 * self.pace), 1.4 * self.pace)
         # a size that was measured once or twice says little of the pace
         if not drafted:
             self.pace += 0.1 * min(count / _SURE, 1.0) * (ratio - self.pace)
