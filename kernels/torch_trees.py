@@ -7,6 +7,7 @@ These run on a CPU and on devices Triton does not serve. Arguments are those of 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -191,6 +192,9 @@ def merge_continuations(
     batch, num, length = lines.shape
     # What follows a -1 is not known either.
     known = np.logical_and.accumulate(lines >= 0, axis=2)
+    if num == 1:
+        parents = np.where(known, np.arange(-1, length - 1), -1)
+        return _on_device_of(continuations, parents, known, known.astype(np.float32))
     equal = (lines[:, :, None] == lines[:, None]) & known[:, None]
     same = np.logical_and.accumulate(equal, axis=3)
     # The first continuation that begins the same way owns the node.
@@ -199,11 +203,19 @@ def merge_continuations(
     parents = np.full((batch, num, length), -1)
     place = first * length + np.arange(length)
     parents[..., 1:] = np.where(fresh[..., 1:], place[..., :-1], -1)
-    votes = np.array([vote_of(m) for m in range(num)], np.float32)
+    votes = _votes(num)
     total = np.maximum(known.any(2) @ votes, 1e-9)
     share = (votes @ same) / total[:, None, None]
-    results = parents, fresh, share.astype(np.float32)
-    return tuple(torch.from_numpy(result).to(continuations.device) for result in results)
+    return _on_device_of(continuations, parents, fresh, share.astype(np.float32))
+
+
+@functools.cache
+def _votes(num: int) -> np.ndarray:
+    return np.array([vote_of(m) for m in range(num)], np.float32)
+
+
+def _on_device_of(like: torch.Tensor, *results: np.ndarray) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.from_numpy(result).to(like.device) for result in results)
 
 
 def append_rotary(

@@ -27,6 +27,7 @@ from treespec.tree import (
     Growth,
     Tree,
     ancestor_matrix,
+    ancestors_on_host,
     packed,
     root_only,
     round_up_nodes,
@@ -535,10 +536,58 @@ def test_ancestor_matrix_is_the_slow_one(numbers, spare):
     depth = max(len(a) for a in ancestors) - 1
     matrix = ancestor_matrix(torch.tensor([parents]), depth + spare)[0]
     assert [set(row.nonzero().flatten().tolist()) for row in matrix] == ancestors
+    assert np.array_equal(ancestors_on_host(np.array([parents]))[0], matrix)
+
+
+@CASES
+@given(st.integers(1, 3), st.integers(0, 3), st.integers(0, 3), st.integers(1, 12), st.data())
+def test_a_host_selects_the_tree_that_a_device_would(batch, lines, levels, most, data):
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))
+
+    def randint(high, *shape):
+        return torch.randint(high, shape, generator=generator)
+
+    growth = Growth(randint(VOCAB, batch))
+    if lines:
+        chances = torch.rand(batch, 3, generator=generator).clamp_min_(0.05).cumprod(1)
+        growth.add_lookups(randint(4, batch, lines, 3) - 1, chances)
+    growth.begin_levels(16, randint(2, batch), torch.ones(batch, 2, dtype=torch.bool))
+    offset = 2
+    for level in range(1, levels + 1):
+        missing = torch.rand(batch, growth.frontier.shape[1], 2, generator=generator)
+        scores = growth.frontier_scores.unsqueeze(2) - missing
+        scores[missing < 0.2] = -math.inf
+        growth.expand(randint(VOCAB, *scores.shape), scores)
+        growth.choose_frontier(level, 3, -2.0)
+        growth.enter_rows(offset)
+        offset += growth.frontier.shape[1]
+    most = min(most, growth.count)
+    host = growth.select(most, 8)
+    chosen = ops.select_best_nodes(growth.all_scores(), growth.parents[:, : growth.count], most)
+    device = growth._built(None, chosen, round_up_nodes(most), 8)
+    width = host.tokens.shape[1]
+    for one in fields(Tree):
+        value, expected = getattr(host, one.name), getattr(device, one.name)
+        if isinstance(expected, torch.Tensor) and expected.dim() > 1:
+            expected = expected[:, :width, :width] if expected.dim() > 2 else expected[:, :width]
+        assert (value is None) == (expected is None), one.name
+        if value is not None:
+            assert torch.equal(value, expected) and value.dtype == expected.dtype, one.name
+
+
+def test_a_pool_without_a_free_place():
+    growth = Growth(torch.tensor([3]))
+    growth.add_lookups(torch.arange(7 * 73).view(1, 7, 73), torch.full((1, 73), 0.5).cumprod(1))
+    assert growth.count == growth.tokens.shape[1]
+    tree = growth.select(9, 73)
+    assert tree.num_nodes.tolist() == [9] and tree.tokens.shape == (1, 10)
+    check_tree(tree)
 
 
 def test_ancestor_matrix_by_hand():
-    matrix = ancestor_matrix(torch.tensor([[-1, 0, 0, 1, 3], [-1, 0, 1, 2, -1]]), 3).int().tolist()
+    parents = torch.tensor([[-1, 0, 0, 1, 3], [-1, 0, 1, 2, -1]])
+    matrix = ancestor_matrix(parents, 3).int().tolist()
+    assert ancestors_on_host(parents.numpy()).astype(int).tolist() == matrix
     assert matrix[0] == [
         [1, 0, 0, 0, 0],
         [1, 1, 0, 0, 0],

@@ -135,6 +135,8 @@ class AutoPolicy(Policy):
         self._open_sizes = self.node_sizes
         # nodes that a trial verifies at least, and that lookups alone would verify
         self._trial_nodes, self._nodes_alone = 0, 1
+        # candidates among which the latter were chosen, none before that
+        self._looked_up_nodes = 0
         # what a token of each row of this round is worth
         self._shares = _ALONE
         self._captured = False
@@ -257,7 +259,8 @@ class AutoPolicy(Policy):
 
     def lookup_chances(self, match_lengths, length):
         chances = self.lookups.chances(match_lengths, length)
-        reach = (self._shares @ chances[:, :_LEVELS_VALUED]).tolist()
+        of_levels = chances[:, :_LEVELS_VALUED]
+        reach = (of_levels[0] if len(chances) == 1 else self._shares @ of_levels).tolist()
         self._looked_up = [*reach, *_NOTHING[len(reach) :]]
         return chances
 
@@ -275,7 +278,8 @@ class AutoPolicy(Policy):
         gains = self._draft_gains()
         if not gains and not self._draft_purse.allows(self._trial_ms()):
             return False
-        looked_up = lookup_scores.shape[1] > 0
+        self._looked_up_nodes = lookup_scores.shape[1]
+        looked_up = self._looked_up_nodes > 0
         self._nodes_alone = 1 + (self._best_width(lookup_scores) if looked_up else 0)
         if self._draft_value() > 0.0 and gains:
             return True
@@ -410,6 +414,8 @@ class AutoPolicy(Policy):
         self.node_sizes = self._open_sizes
         # what is only tried may not be used again
         self.may_record &= not (self._exploring or self._lookup_exploring)
+        if scores.shape[1] == 1 + self._looked_up_nodes:
+            return self._nodes_alone
         count = 1 + self._best_width(scores[:, 1:])
         # a trial of which nothing is verified tells nothing
         return max(count, self._trial_nodes)

@@ -367,7 +367,7 @@ class Engine:
             self.steps(_run_on, p.continuations) if p.runs_on else p.continuations
             for p in proposals
         ]
-        continuations = torch.cat(lines, dim=1)
+        continuations = torch.cat(lines, dim=1) if len(lines) > 1 else lines[0]
         # a source may propose anything, even tokens that the target does not have
         continuations = continuations.masked_fill(continuations >= self.target.vocab_size, -1)
         chances = np.maximum(self.policy.lookup_chances(match_lengths, length), 1e-9)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -123,6 +124,24 @@ def ancestor_matrix(parents: torch.Tensor, max_depth: int) -> torch.Tensor:
     return reach > 0
 
 
+def ancestors_on_host(parents: np.ndarray) -> np.ndarray:
+    """`ancestor_matrix` of an array, in a third of the time: every node takes over what its
+    ancestor sees, then jumps to that one's, so that a tree of depth D takes log2(D) steps."""
+    batch, num_nodes = parents.shape
+    # one spare node that sees nothing stands for "no parent"
+    spare = batch * num_nodes
+    places = parents if batch == 1 else parents + np.arange(0, spare, num_nodes)[:, None]
+    jump = np.full(spare + 1, spare)
+    jump[:spare] = np.where(parents < 0, spare, places).ravel()
+    reach = np.zeros((spare + 1, num_nodes), bool)
+    own = np.arange(spare)
+    reach[own, own % num_nodes] = True
+    while jump.min() < spare:
+        reach |= reach[jump]
+        jump = jump[jump]
+    return reach[:spare].reshape(batch, num_nodes, num_nodes)
+
+
 def pack_bits(visible: torch.Tensor) -> torch.Tensor:
     """Bool `[B, N, T]` as int32 words `[B, N, ceil(T/32)]`; bit j % 32 of word j // 32 is column
     j."""
@@ -220,18 +239,16 @@ class Growth:
             weights: float32 `[B, L]`, the chances that a row's tokens so far are right, up to each
                 place; above 0.
         """
-        num, length = continuations.shape[1:]
-        device = continuations.device
+        num, self._lookup_length = continuations.shape[1:]
         parents, fresh, share = ops.merge_continuations(
             continuations, implementation=self._implementation
         )
         scores = (share * weights.unsqueeze(1)).log_().masked_fill_(~fresh, _EMPTY)
-        self.num_lookups = num * length
+        self.num_lookups = num * self._lookup_length
         self._append(
             continuations.flatten(1).clamp_min(0), parents.flatten(1) + 1, scores.flatten(1)
         )
         self._level_start = self.count
-        self._lookup_depths = torch.arange(1, length + 1, device=device).repeat(num)
 
     def begin_levels(self, max_rows: int, root_row: torch.Tensor, chain: torch.Tensor) -> None:
         """Prepares for a draft that forwards nodes as rows of its cache.
@@ -243,6 +260,9 @@ class Growth:
                 root.
         """
         batch, device = root_row.shape[0], root_row.device
+        if self.num_lookups:
+            depths = torch.arange(1, self._lookup_length + 1, device=device)
+            self._lookup_depths = depths.repeat(self.num_lookups // self._lookup_length)
         self._draft_rows = torch.full(self.tokens.shape, -1, dtype=torch.long, device=device)
         self._draft_rows[:, 0] = root_row
         self._draft_visible = torch.zeros(
@@ -364,29 +384,36 @@ class Growth:
             max_depth: no candidate lies deeper.
             sizes: widths a tree may have.
         """
+        most = min(max_nodes, MAX_NODES, self.count)
+        # reading how many there are would make a GPU wait
+        if self.tokens.device.type == "cpu" and self._implementation != "triton":
+            return self._select_on_host(most, sizes)
         places, scores, parents = self._best_candidates()
-        most = min(max_nodes, MAX_NODES, scores.shape[1])
-        chosen, parents, num_nodes = ops.select_best_nodes(
-            scores, parents, most, implementation=self._implementation
-        )
-        # reading the width would make a GPU wait
-        reads = chosen.device.type == "cpu" and self._implementation != "triton"
-        limit = int(num_nodes.max()) if reads else most
-        width = round_up_nodes(limit, sizes)
-        chosen, parents = (_widened(x[:, :limit], width, -1) for x in (chosen, parents))
+        chosen = ops.select_best_nodes(scores, parents, most, implementation=self._implementation)
+        return self._built(places, chosen, round_up_nodes(most, sizes), max_depth)
+
+    def _built(
+        self,
+        places: torch.Tensor | None,
+        selection: ops.NodeSelection,
+        width: int,
+        max_depth: int,
+    ) -> Tree:
+        """The tree of the selected candidates, whose nodes are indices into `places`."""
+        chosen, parents, num_nodes = selection
+        missing = width - chosen.shape[1]
+        if missing:
+            chosen, parents = (F.pad(x, (0, missing), value=-1) for x in (chosen, parents))
         absent, kept = chosen < 0, chosen.clamp_min(0)
         if places is not None:
             kept = places.gather(1, kept)
         visible = ancestor_matrix(parents, max_depth)
-        draft_rows = lookup = draft_probs = None
+        draft_rows = lookup = None
         if self._draft_rows is not None:
             draft_rows = self._draft_rows.gather(1, kept).masked_fill_(absent, -1)
         if self.num_lookups:
+            # the root stands in for those that are absent
             lookup = (kept >= 1) & (kept <= self.num_lookups)
-            lookup &= ~absent
-        if self._prob_rows is not None:
-            batch = torch.arange(len(kept), device=kept.device).unsqueeze(1)
-            draft_probs = torch.cat(self._probs, dim=1)[batch, self._prob_rows.gather(1, kept)]
         return Tree(
             tokens=self.tokens.gather(1, kept).masked_fill_(absent, 0),
             parents=parents,
@@ -396,11 +423,59 @@ class Growth:
             scores=self.scores.gather(1, kept).masked_fill_(absent, _EMPTY),
             draft_rows=draft_rows,
             lookup=lookup,
-            draft_probs=draft_probs,
+            draft_probs=self._probs_of(kept),
         )
 
+    def _select_on_host(self, most: int, sizes: tuple[int, ...]) -> Tree:
+        """The same, no wider than the tree needs: between two forwards all code is cold, and NumPy
+        runs through less of it than PyTorch does."""
+        worth = self.all_scores().numpy()
+        batch, total = worth.shape
+        # no child is likelier than its parent, nor before it; the root is taken in any case
+        order = np.argsort(-worth[:, 1:], axis=1, kind="stable")[:, : most - 1]
+        num_nodes = np.minimum((worth[:, 1:] > _EMPTY).sum(axis=1) + 1, most)
+        limit = int(num_nodes.max())
+        width = round_up_nodes(limit, sizes)
+        absent = np.arange(width) >= num_nodes[:, None]
+        kept = np.zeros((batch, width), np.int64)
+        kept[:, 1:limit] = order[:, : limit - 1] + 1
+        kept[absent] = total
+        kept.sort(axis=1)
+        rows = np.arange(batch)[:, None]
+        # the place of every candidate among them; the last stands for "no parent"
+        place = np.full((batch, total + 1), -1)
+        place[rows, kept] = np.arange(width)
+        place[:, total] = -1
+        kept[absent] = 0
 
-def _widened(values: torch.Tensor, width: int, fill: int) -> torch.Tensor:
-    """`[B, width]`, filled up behind."""
-    missing = width - values.shape[1]
-    return F.pad(values, (0, missing), value=fill) if missing else values
+        def taken(values: torch.Tensor, missing: float) -> np.ndarray:
+            of_nodes = values.numpy()[rows, kept]
+            of_nodes[absent] = missing
+            return of_nodes
+
+        parents = place[rows, taken(self.parents, -1)]
+        visible = ancestors_on_host(parents)
+        draft_rows = lookup = None
+        if self._draft_rows is not None:
+            draft_rows = torch.from_numpy(taken(self._draft_rows, -1))
+        if self.num_lookups:
+            lookup = torch.from_numpy((kept >= 1) & (kept <= self.num_lookups))
+        return Tree(
+            tokens=torch.from_numpy(taken(self.tokens, 0)),
+            parents=torch.from_numpy(parents),
+            depths=torch.from_numpy(visible.sum(2) - 1),
+            visible=torch.from_numpy(visible),
+            num_nodes=torch.from_numpy(num_nodes),
+            scores=torch.from_numpy(taken(self.scores, _EMPTY)),
+            draft_rows=draft_rows,
+            lookup=lookup,
+            draft_probs=self._probs_of(torch.from_numpy(kept)),
+        )
+
+    def _probs_of(self, nodes: torch.Tensor) -> torch.Tensor | None:
+        """float32 `[B, N, V]` that the children of `nodes` were drawn from, if they were."""
+        if self._prob_rows is None:
+            return None
+        batch = torch.arange(len(nodes), device=nodes.device).unsqueeze(1)
+        return torch.cat(self._probs, dim=1)[batch, self._prob_rows.gather(1, nodes)]
+

@@ -57,17 +57,17 @@ class NgramSource(OneShotSource):
 
     def _propose_on_host(self, sequences: Sequences, length: int) -> Proposal:
         """What `ops.match_ngrams` finds, by few steps: between two forwards all code is cold."""
-        shape = len(sequences.lens), self.num_matches, length
-        continuations = np.full(shape, -1, np.int64)
-        match_lengths = []
+        found = []
         for row, (history, count) in enumerate(zip(self._histories, sequences.lens)):
             history.follow(sequences.tokens[row], count)
-            matched, ends = history.match(self.max_ngram, self.num_matches)
-            match_lengths.append(matched)
+            found.append(history.match(self.max_ngram, self.num_matches))
+        # a line alone is merged sooner
+        lines = max(1, *(len(ends) for _, ends in found))
+        continuations = np.full((len(found), lines, length), -1)
+        for row, (_, ends) in enumerate(found):
             for slot, end in enumerate(ends):
-                following = history.tokens[end + 1 : end + 1 + length]
-                continuations[row, slot, : len(following)] = following
-        return Proposal(torch.from_numpy(continuations), match_lengths, runs_on=True)
+                continuations[row, slot] = self._histories[row].run_on(end, length)
+        return Proposal(torch.from_numpy(continuations), [matched for matched, _ in found])
 
 
 class _History:
@@ -112,6 +112,11 @@ class _History:
             if longest == max_ngram and len(ends) == num_matches:
                 break
         return longest, ends
+
+    def run_on(self, end: int, length: int) -> list[int]:
+        """So many tokens after place `end`, those up to the text's own end over and over."""
+        following = self.tokens[end + 1 : end + 1 + length]
+        return (following * -(-length // len(following)))[:length]
 
 
 def _matches(
