@@ -259,8 +259,7 @@ class AutoPolicy(Policy):
 
     def lookup_chances(self, match_lengths, length):
         chances = self.lookups.chances(match_lengths, length)
-        of_levels = chances[:, :_LEVELS_VALUED]
-        reach = (of_levels[0] if len(chances) == 1 else self._shares @ of_levels).tolist()
+        reach = (self._shares @ chances[:, :_LEVELS_VALUED]).tolist()
         self._looked_up = [*reach, *_NOTHING[len(reach) :]]
         return chances
 

@@ -125,8 +125,8 @@ def ancestor_matrix(parents: torch.Tensor, max_depth: int) -> torch.Tensor:
 
 
 def ancestors_on_host(parents: np.ndarray) -> np.ndarray:
-    """`ancestor_matrix` of an array, in a third of the time: every node takes over what its
-    ancestor sees, then jumps to that one's, so that a tree of depth D takes log2(D) steps."""
+    """`ancestor_matrix` of an array, by fewer calls: every node takes over what its ancestor
+    sees, then jumps to that one's, so that a tree of depth D takes log2(D) steps."""
     batch, num_nodes = parents.shape
     # one spare node that sees nothing stands for "no parent"
     spare = batch * num_nodes
