@@ -254,6 +254,72 @@ def test_what_is_no_usual_time_of_a_draft_is_no_loss_of_it():
     assert gain_of(a_drafted_round(2, draft_settled=False)) is None
 
 
+def after_a_draft() -> AutoPolicy:
+    """A policy whose last round had a draft."""
+    policy = tuned()
+    policy.begin(16, True)
+    policy.begin_round([50])
+    policy.observe(a_drafted_round(2))
+    policy.observe(a_drafted_round(2))
+    return policy
+
+
+def test_rounds_that_a_draft_slows_down_are_held_against_it():
+    policy, untouched = after_a_draft(), after_a_draft()
+    gain, pace = policy.draft.gain, policy.now.verify.pace
+    slow = a_plain_round(verify_ms=1.1 * policy.now.verify.at(1), total_ms=5.0)
+    for _ in range(4):
+        policy._observe_costs(slow)
+    lost = 4 * 0.1 * policy.now.verify.at(1) / policy.now.plain_ms
+    assert untouched.draft.gain._sum - gain._sum == pytest.approx(lost)
+    assert policy.now.verify.pace == pace, "what they take is not what plain decoding takes"
+    told = gain.value
+    policy._observe_costs(slow)
+    assert gain.value == told and policy.now.verify.pace > pace, "caches are as ever by then"
+
+
+def test_only_plain_rounds_right_after_a_draft_are_held_against_it():
+    def told_by(*outcomes: Outcome) -> bool:
+        policy, untouched = after_a_draft(), after_a_draft()
+        for outcome in outcomes:
+            policy._observe_costs(outcome)
+        return policy.draft.gain.value != untouched.draft.gain.value
+
+    slow = a_plain_round(verify_ms=6.0, total_ms=6.3)
+    assert told_by(slow)
+    # a wider verification, or one that was not recorded, leaves other things there
+    assert not told_by(dataclasses.replace(slow, num_nodes=4), slow)
+    assert not told_by(dataclasses.replace(slow, settled=False), slow)
+    policy = after_a_draft()
+    policy.begin(16, True)
+    told = policy.draft.gain.value
+    policy._observe_costs(slow)
+    assert policy.draft.gain.value == told, "a text is not charged for the one before"
+
+
+def test_no_round_after_a_draft_counts_for_more_than_half_a_round():
+    policy, untouched = after_a_draft(), after_a_draft()
+    policy._observe_costs(a_plain_round(verify_ms=400.0, total_ms=400.3))
+    assert untouched.draft.gain._sum - policy.draft.gain._sum == pytest.approx(0.5)
+
+
+def test_what_reading_a_prompt_took_is_what_it_takes_the_next_time():
+    policy = tuned()
+
+    def believed_after(draft_ms: float, extra_ms: float = 0.0) -> float:
+        policy.begin(16, True, prefill_ms=10.0)
+        asked = a_drafted_round(0, draft_ms=draft_ms, draft_extra_ms=extra_ms)
+        policy._learn_draft_cost(asked, False)
+        policy.begin(16, True, prefill_ms=20.0)
+        return policy._catch_up_ms()
+
+    # the level itself takes 1 ms, recording is no part of it, and the next prompt is twice as long
+    for _ in range(40):
+        believed_after(26.0, extra_ms=20.0)
+    assert believed_after(6.0) == pytest.approx(10.0)
+    assert believed_after(2.0) > 9.0, "one that took little is not what they all take"
+
+
 def test_no_round_counts_for_more_than_a_few_of_plain_decoding():
     assert gain_of(a_drafted_round(6)) == 3.0
     slow = {"draft_ms": 30.0, "total_ms": 45.0, "draft_levels": 9, "num_nodes": 64}

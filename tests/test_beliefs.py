@@ -172,6 +172,19 @@ def test_one_sample_does_not_count_twice():
     assert belief.value == pytest.approx((4.0 - 1.0) / 5.0)
 
 
+def test_a_sample_may_be_amended():
+    amended, told = Belief(0.5), Belief(0.5)
+    for value in (0.2, 0.9):
+        amended.add(value)
+        amended.amend(0.1)
+        amended.amend(-0.4)
+        told.add(value - 0.3)
+        assert amended.value == pytest.approx(told.value)
+    for belief in (amended, told):
+        belief.begin(0)
+    assert amended.value == pytest.approx(told.value), "in later texts too"
+
+
 def test_what_is_believed_to_be_little_is_forgiven_with_time():
     belief = Belief(0.5)
     for _ in range(10):

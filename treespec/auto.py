@@ -45,6 +45,10 @@ _PROBE_LEVELS = 2
 _LEAST_GAIN = 0.15
 # No round counts for more, gained or lost.
 _MOST_GAINED = 3.0
+# Rounds of plain decoding that a draft's forwards before them slow down, and the most that one may
+# lose so, as a share of a round.
+_AFTER_DRAFT = 4
+_MOST_AFTER = 0.5
 # A draft whose root has the right child this often is taken at its word.
 _TRUSTED = 0.75
 # Rounds of a text that are to pay for the draft's taking in its prompt, before it is known how many
@@ -140,6 +144,8 @@ class AutoPolicy(Policy):
         # what a token of each row of this round is worth
         self._shares = _ALONE
         self._captured = False
+        # rounds to come that the draft's forwards may have slowed
+        self._after_draft = 0
         # rounds that asked lookups beside the draft since one that asked them alone
         self._lookups_beside = 0
         self._rounds = {"plain": 0, "lookup": 0, "draft": 0}
@@ -166,7 +172,7 @@ class AutoPolicy(Policy):
         self.lookups.begin(self._kind, sampled)
         self.draft.begin(self._kind, like, sampled)
         self.promises.begin(self._kind, like)
-        self._draft_rounds = self._rest = 0
+        self._draft_rounds = self._rest = self._after_draft = 0
         self._idle_rounds = _IDLE_ROUNDS
         self._look_ahead(0)
         self._lookup_purse.begin()
@@ -536,12 +542,26 @@ class AutoPolicy(Policy):
         verify_ms = outcome.verify_ms - outcome.verify_extra_ms
         others_ms = outcome.total_ms - outcome.draft_ms - outcome.verify_ms
         drafted, overhead = outcome.draft_levels > 0, self.now.overhead
+        if self._after_draft and not drafted:
+            drafted = self._charge_after_draft(outcome, verify_ms)
         if outcome.num_nodes == 1 and not drafted:
             overhead.add(others_ms, outcome.settled and outcome.overhead_settled)
         elif outcome.num_nodes > 1 and outcome.overhead_settled:
             # deciding and committing a tree takes longer, and is no part of plain decoding
             verify_ms += others_ms - (overhead.value or 0.0)
         self.now.verify.add(outcome.num_nodes, verify_ms, outcome.settled, drafted)
+
+    def _charge_after_draft(self, outcome: Outcome, verify_ms: float) -> bool:
+        """Holds against the draft that the next rounds of plain decoding find what it left in the
+        caches; returns whether this is one of them."""
+        usual_ms, plain_ms = self.now.verify.at(1), self.now.plain_ms
+        if outcome.num_nodes > 1 or not outcome.settled or not usual_ms or not plain_ms:
+            self._after_draft = 0
+            return False
+        self._after_draft -= 1
+        lost = (verify_ms - usual_ms) / plain_ms
+        self.draft.gain.amend(-min(max(lost, -_MOST_AFTER), _MOST_AFTER))
+        return True
 
     def _observe_plain(self, outcome: Outcome) -> None:
         """A round of plain decoding, which loses nothing."""
@@ -602,11 +622,9 @@ class AutoPolicy(Policy):
         self._draft_rounds += 1
         if self._draft_rounds == 1:
             # the first time in a text takes in its prompt
-            usual = sum(self._draft_ms()) if now.root.value else 0.0
             if self._prefill_ms > 0:
-                # the smallest so far: the first ones have forwards that are not recorded
-                share = max(outcome.draft_ms - usual, 0.0) / self._prefill_ms
-                now.catch_up.add(share, settled=False)
+                spent = outcome.draft_ms - outcome.draft_extra_ms - self._levels_ms(levels)
+                now.catch_up.add(max(spent, 0.0) / self._prefill_ms)
             return
         lookup = now.miss if outcome.tree.lookup is None else now.lookup
         spent = outcome.draft_ms - outcome.draft_extra_ms
@@ -638,6 +656,7 @@ class AutoPolicy(Policy):
         tokens = [len(path) - 1 - count for path, count in zip(outcome.paths, looked_up)]
         saved = self._shared(tokens) - (min(spent, 2.0 * usual) - alone_ms) / plain_ms
         self.draft.gain.add(min(max(saved, -_MOST_GAINED), _MOST_GAINED))
+        self._after_draft = _AFTER_DRAFT
 
     def _learn_levels(self, outcome: Outcome) -> None:
         parents = outcome.tree.parents.tolist()

@@ -39,6 +39,8 @@ class Belief:
         count = self._prior_count
         self._long = self._kinds.setdefault(kind, [count * self._prior, count])
         self._sum = self._count = 0.0
+        # of the last sample, among the earlier texts
+        self._share = 0.0
         self._look_back()
 
     def _look_back(self) -> None:
@@ -76,12 +78,17 @@ class Belief:
     def add(self, value: float, weight: float = 1.0) -> None:
         """Takes in a sample, or so many of one value."""
         # the many samples of a text that suits the draft must not drown out those that do not
-        share = weight / (1.0 + self._count / 3.0)
+        share = self._share = weight / (1.0 + self._count / 3.0)
         self._long[0] += share * (value - 0.05 * self._long[0])
         self._long[1] += share * (1.0 - 0.05 * self._long[1])
         forget = self._forget**weight
         self._sum = self._sum * forget + weight * value
         self._count = self._count * forget + weight
+
+    def amend(self, difference: float) -> None:
+        """The last sample, of weight one, was this much more than it seemed."""
+        self._sum += difference
+        self._long[0] += self._share * difference
 
     @property
     def value(self) -> float:
