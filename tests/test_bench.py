@@ -10,6 +10,7 @@ import itertools
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -758,8 +759,50 @@ def test_a_row_is_recorded_ahead_by_warmup_and_the_file_says_so(tmp_path, monkey
 
 def test_others_run_one_after_another_and_ours_together():
     named = {n: methods.Method(n, lambda: None, ours=n in "bd") for n in "abcd"}
-    parties = protocol._parties([named[n] for n in "abcd"])
-    assert [[m.name for m in party] for party in parties] == [["a"], ["b", "d"], ["c"]]
+    for turn in range(4):
+        parties = protocol._parties([named[n] for n in "abcd"], turn)
+        names = sorted("".join(sorted(m.name for m in party)) for party in parties)
+        assert names == ["a", "bd", "c"]
+
+
+def test_every_row_takes_every_turn_equally_often_in_every_category():
+    rows = [methods.Method(n, lambda: None, ours=n != "theirs") for n in ("theirs", *"abcd")]
+    nothing = torch.zeros(1, 1, dtype=torch.long)
+    tasks = [
+        methods.Task(f"{category}-{k}", category, nothing, nothing, 1)
+        for k in range(8)
+        for category in ("wiki", "code", "math")
+    ]
+    group = protocol.Group(rows, tasks, {})
+    turns, firsts, neighbours = Counter(), Counter(), set()
+    for task in tasks:
+        parties = protocol._parties(rows, *group.turn_of(task))
+        ours = [method.name for party in parties for method in party if method.ours]
+        turns.update((task.category, name, turn) for turn, name in enumerate(ours))
+        firsts[task.category] += parties[0][0].name == "theirs"
+        neighbours.update(itertools.pairwise(ours))
+    assert len(turns) == 3 * 4 * 4 and set(turns.values()) == {2}
+    assert set(firsts.values()) == {4}
+    assert len(neighbours) > 4, "and not always after the same one"
+
+
+def test_texts_are_checked_when_all_rows_are_done(pair, task, tmp_path, monkeypatch):
+    clock, log, oracle = SimpleNamespace(now=0.0), [], torch.zeros(1, 1)
+    monkeypatch.setattr(protocol, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    sample = protocol.Comparison._sample
+
+    def checked(self, method, *rest):
+        log.append("checked")
+        return sample(self, method, *rest)
+
+    monkeypatch.setattr(protocol.Comparison, "_sample", checked)
+    rows = [stepping("quick", log, clock, 0.03), stepping("slow", log, clock, 0.09)]
+    theirs = methods.Method("theirs", lambda: lambda task: methods.Continuation(oracle))
+    run = run_file(tmp_path)
+    comparison = protocol.Comparison(pair, lambda task: oracle, run, 0, None, lambda note: None)
+    comparison.run([protocol.Group([theirs, *rows], [task], {})])
+    kept = "".join(word[0] for word in log)
+    assert kept.strip("c").count("c") == 0, "nothing is checked while a row is under way"
 
 
 def test_others_that_fail_are_left_out_by_name_and_ours_are_not(pair, task, tmp_path):

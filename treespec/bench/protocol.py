@@ -59,6 +59,12 @@ class Group:
     not_run: dict[str, str]
     label: str = ""
 
+    def turn_of(self, task: Task) -> tuple[int, int]:
+        """How many tasks of its category, and how many categories, come before."""
+        alike = [other.id for other in self.tasks if other.category == task.category]
+        categories = list(dict.fromkeys(other.category for other in self.tasks))
+        return alike.index(task.id), categories.index(task.category)
+
 
 class Clock:
     """The minutes of a run, over all its sittings.
@@ -264,10 +270,9 @@ class Comparison:
 
     def _turn(self, group: Group, task: Task) -> None:
         oracle = self._text(task)
-        order = [method for method in self._left(group) if not self._has(method, task)]
-        random.Random(task.id).shuffle(order)
-        for party in _parties(order):
-            self._attempt(group, party, task, oracle, keep=True)
+        for party in _parties(self._left(group), *group.turn_of(task)):
+            left = [method for method in party if not self._has(method, task)]
+            self._attempt(group, left, task, oracle, keep=True)
 
     def _text(self, task: Task) -> torch.Tensor:
         """The oracle's text, kept in the file until the run is finished."""
@@ -281,17 +286,22 @@ class Comparison:
     ) -> None:
         """One continuation of each, checked; a method of others that cannot run is left out by
         name."""
+        written = []
         try:
             for method in party:
                 _prepare(method, task, oracle)
-            for method, found, seconds in timed(party, task):
+            for result in timed(party, task):
+                # checked later: that would find its way into the caches of those not done yet
+                written.append(result)
+        except MethodFailed as failure:
+            self._leave_out(group, failure.method, task, failure.error)
+        finally:
+            for method, found, seconds in written:
                 sample = self._sample(method, task, found, seconds, oracle)
                 if keep:
                     self.run_file.record["elapsed_s"] = self.clock.elapsed_s
                     self.run_file.add(sample)
                 self.on_step(f"{method.name}, {task.id}{'' if keep else ', warm-up'}")
-        except MethodFailed as failure:
-            self._leave_out(group, failure.method, task, failure.error)
 
     def _leave_out(self, group: Group, method: Method, task: Task, error: Exception) -> None:
         """Goes on without a method of others that failed; no run goes on without one of ours."""
@@ -334,11 +344,21 @@ class Comparison:
         }
 
 
-def _parties(methods: list[Method]) -> list[list[Method]]:
-    """Ours side by side, the others by themselves, in the order of the first of each."""
+def _parties(methods: list[Method], turn: int = 0, shift: int = 0) -> list[list[Method]]:
+    """Ours side by side, the others by themselves; all of ours come first, second, ... equally
+    often as turns go by, and so do these parties."""
     ours = [method for method in methods if method.ours]
-    alone = [[method] for method in methods if not method.ours]
-    return sorted([*alone, *([ours] if ours else [])], key=lambda p: methods.index(p[0]))
+    parties = [[method] for method in methods if not method.ours]
+    if ours:
+        # who follows whom changes after each of them came first once
+        random.Random(turn // len(ours)).shuffle(ours)
+        parties.append(_rotated(ours, turn + shift))
+    return _rotated(parties, turn + shift)
+
+
+def _rotated(items: list, places: int) -> list:
+    first = places % len(items) if items else 0
+    return items[first:] + items[:first]
 
 
 def _about_task(task: Task) -> dict[str, Any]:
